@@ -1,0 +1,118 @@
+"""Checkpoint files: safetensors, which hold no code. Tensors `model.*`, `ema.*`, `ema2.*` and `optimizer.*`; all else that
+belongs to a run is JSON, sorted, under one key of the header. Files of the paper's release are read as well."""
+import argparse
+import json
+import os
+import pathlib
+import zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lib.run import BadInput, RunFailed, atomic, rank, say
+
+TARGETS = ("x", "eps", "v")
+
+
+def save_checkpoint(path, tensors, settings, keep=None):
+    """Write atomically; what stood at `path` moves to `keep` where given. Raises RunFailed, the old file intact."""
+    header = {"nanojlt": json.dumps(settings, sort_keys=True)}
+    try:
+        with atomic(path, keep) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, header)
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(f"cannot save {path}: {error}; what was saved before is intact") from None
+
+
+def read_checkpoint(path, skip="nothing"):
+    """(tensors, settings) of a safetensors file; settings are None where it is not ours. Tensors of the group `skip` are
+    left out; the others are mapped into memory, not copied. Raises BadInput where the file is not whole."""
+    try:
+        with safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {}).get("nanojlt", "null"))
+            return {name: file.get_tensor(name) for name in file.keys() if name.split(".")[0] != skip}, settings
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not a whole safetensors checkpoint ({error})") from None
+
+
+def read_weights(path):
+    """({"model": {name: tensor}, "ema": {...}, ...}, settings) of any file this project reads: a checkpoint or an export
+    of ours, the release's `checkpoint-last.pth`, or a plain state dict, whose one set counts as model and EMA alike.
+    Only tensors and the release's argparse.Namespace are unpickled: a file from anywhere cannot run code here."""
+    data, settings, said = {}, None, {}
+    if not pathlib.Path(path).is_file():
+        raise BadInput(f"{path}: no such checkpoint file")
+    if pathlib.Path(path).suffix == ".safetensors":
+        data, settings = read_checkpoint(path, skip="optimizer")
+    else:
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                data = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            said = vars(data.get("args", argparse.Namespace()))
+        except Exception as error:  # a damaged or hostile pickle fails in any way it likes
+            raise BadInput(f"{path}: not a checkpoint of plain tensors ({str(error)[:150]})") from None
+    if isinstance(settings, dict):
+        groups = {name.split(".")[0] for name in data}
+        return {group: {name.split(".", 1)[1]: tensor for name, tensor in data.items() if name.startswith(f"{group}.")}
+                for group in groups}, settings
+    spoken = (str(said.get(name)) for name in ("target", "prediction", "pred", "pred_type"))
+    settings = {"target": next((target for word in spoken for target in TARGETS if word.startswith(target)), None),
+                "t_eps": said.get("t_eps", 0.05), "size": said.get("img_size", 256), "cfg": 2.9,
+                "vae": {"kind": "flux2", "id": "flux2"}}
+    if isinstance(data.get("model"), dict):
+        release = {"model": "model", "ema": "model_ema1", "ema2": "model_ema2"}
+        return {ours: data[theirs] for ours, theirs in release.items() if isinstance(data.get(theirs), dict)}, settings
+    return {"model": data, "ema": data}, settings
+
+
+def tensors_of(net, emas, optimizer=None):
+    """What is saved: with an optimizer, everything that the run needs to continue; without, the averages people share."""
+    modules = {"model": net if optimizer else None, **dict(zip(("ema", "ema2"), emas))}
+    tensors = {f"{group}.{name}": value for group, module in modules.items() if module
+               for name, value in module.state_dict().items()}
+    return tensors | {f"optimizer.{key}.{name}": value for name, p in net.named_parameters() if optimizer
+                      for key, value in optimizer.state[p].items()}
+
+
+def restore(tensors, net, emas, optimizer):
+    """Put the tensors of a checkpoint back where they came from."""
+    try:
+        for group, module in {"model": net, **dict(zip(("ema", "ema2"), emas))}.items():
+            module.load_state_dict({n.removeprefix(f"{group}."): v for n, v in tensors.items() if n.startswith(f"{group}.")})
+        for name, p in net.named_parameters():
+            optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"].to(p.device, copy=True)
+                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+    except (KeyError, RuntimeError) as error:
+        raise BadInput(f"this checkpoint does not fit the network: {error}") from None
+
+
+def resume_point(out):
+    """(tensors, settings) of the newest whole checkpoint in a run's folder, or (None, None) where there is none yet. A
+    damaged `last` is set aside as last.damaged, or the next save would move it over the whole `previous`."""
+    last, previous = out / "last.safetensors", out / "previous.safetensors"
+    found = [path for path in (last, previous) if path.exists()]
+    for path in found:
+        try:
+            tensors, settings = read_checkpoint(path)
+            if not isinstance(settings, dict) or not {"step", "steps", "skipped", "decay"} <= settings.keys():
+                raise BadInput(f"{path}: not a checkpoint of a run")
+        except BadInput as error:
+            say(f"WARNING: {error}")
+            continue
+        if path == previous and last in found and rank() == 0:
+            os.replace(last, out / "last.damaged")
+        return tensors, settings
+    if found:
+        raise BadInput(f"{out}: its checkpoints are damaged: move them away to start anew, or choose another --out")
+    return None, None
+
+
+def check_same_run(out, saved, now):
+    """Refuse to continue a run with settings that would make it another run. The number of steps is free as long as the
+    learning rate has not yet followed from it."""
+    falling = now["decay"] and saved["step"] >= (1 - now["decay"]) * min(saved["steps"], now["steps"])
+    different = [f"{name} ({saved.get(name)} there, {value} here)" for name, value in now.items()
+                 if saved.get(name) != value and (name != "steps" or falling)]
+    if different:
+        raise BadInput(f"{out} holds a run with another {', '.join(different)}: choose another --out, or the same settings")

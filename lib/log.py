@@ -1,0 +1,74 @@
+"""What a run leaves to look at: log.csv, the loss by time, memory in use, grids of pictures."""
+import csv
+import importlib.util
+import pathlib
+import sys
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from lib.run import atomic
+
+
+class Log:
+    """A CSV file with one row per logged step. Opened at `step`, it forgets later rows: a run that continues from a
+    checkpoint of that step will write them again, and the same."""
+
+    def __init__(self, path, columns, step):
+        self.path, self.columns, rows = pathlib.Path(path), columns, []
+        if self.path.exists():
+            with open(self.path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdecimal() and int(row["step"]) <= step]
+        with atomic(self.path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def append(self, row):
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+
+@torch.inference_mode()
+def loss_by_time(denoiser, data, device, bf16, count=256, bins=10):
+    """(mean, [mean in each of 10 bins of t]) of |v - predicted velocity|² per number, on the first images of a cache at
+    fixed times and noise: the same questions at every step of every run, whatever its target and loss."""
+    count = min(count, len(data))
+    times = (torch.arange(count) * 0.6180339887) % 1  # the golden ratio spreads times evenly over any run of images
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((count, *data.shape), dtype=np.float32))
+    errors = []
+    for part in torch.arange(count).split(64):
+        x, y = data.batch(part.numpy(), False)
+        x, e, t = x.to(device).float(), noise[part].to(device), times[part].to(device)
+        z = t[:, None, None, None] * x + (1 - t[:, None, None, None]) * e
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            v = denoiser.velocity(z, t, y.to(device))
+        errors.append((v - (x - e)).square().mean(dim=(1, 2, 3)).cpu())
+    errors, place = torch.cat(errors), (times * bins).long()
+    return errors.mean().item(), [errors[place == k].mean().item() for k in range(bins)]
+
+
+def peak_memory(device):
+    """Peak memory in GB: of the GPU, or of this process where there is none (0 on Windows, which does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if not importlib.util.find_spec("resource"):
+        return 0.0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def picture_grid(images, columns, captions=(), title=""):
+    """uint8 images (N, 3, H, W) as one Pillow image, row by row, with a caption over each column and a line on top."""
+    zoom = max(1, 96 // images.shape[-1])  # 32-pixel images are shown larger
+    tiles = images.permute(0, 2, 3, 1).cpu().numpy().repeat(zoom, 1).repeat(zoom, 2)
+    side, gap, head = tiles.shape[1], 4, 40
+    grid = Image.new("RGB", (columns * (side + gap) + gap, -(-len(tiles) // columns) * (side + gap) + head), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(13)
+    draw.text((gap, 3), title, "black", font)
+    for column, caption in enumerate(captions[:columns]):
+        draw.text((gap + column * (side + gap), 21), str(caption)[:side // 7], "dimgray", font)
+    for i, tile in enumerate(tiles):
+        grid.paste(Image.fromarray(tile), (gap + i % columns * (side + gap), head + i // columns * (side + gap)))
+    return grid

@@ -1,0 +1,352 @@
+"""Train a JLT: the loop, from a cache of latents to a checkpoint.
+
+    torchrun --nproc_per_node=8 train.py --target x --patch 1     the full ImageNet run, the paper's recipe
+    python train.py --target x --patch 1                          the same on one device
+    python train.py --demo                                        drawn digits on a laptop's CPU, minutes, no download
+
+Three rules shape this file. (1) What a run trains on follows from its settings and seed alone: image number p of the
+endless stream, its time, noise, mirroring and hidden label are functions of (seed, step, place in the global batch), so
+neither the number of GPUs, nor the micro-batch, nor an interruption changes them. (2) Everything that a run will need is
+opened before step 0. (3) The hot loop never waits for the GPU: numbers are read back only where a line is logged.
+"""
+import contextlib
+import copy
+import functools
+import importlib.util
+import os
+import pathlib
+import shutil
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import vae as codec
+from lib.checkpoint import check_same_run, restore, resume_point, save_checkpoint, tensors_of
+from lib.digits import draw_digits
+from lib.flags import Parser, number
+from lib.log import Log, loss_by_time, peak_memory, picture_grid
+from lib.prefetch import prefetched
+from lib.run import BadInput, RunFailed, StopSignal, join_ranks, lock_folder, pick_device, program, rank, say
+from lib.run import watched, world_size
+from model import JLT, SIZES, TARGETS, Denoiser
+from sample import generate, load_init, meet, open_vae, pick_classes, use_bf16
+
+PRESETS = {  # what --demo changes; every flag given beside it wins
+    "imagenet": dict(latents="data/imagenet256-flux2", model="B", patch=1, steps=250_000, batch=1024, lr=None, warmup=5,
+                     decay=0.0, ema=[0.9999], cfg=2.9, log_every=100, sample_every=5000, save_every=5000),
+    "demo": dict(latents="data/demo-pixels", model="T", patch=8, steps=1800, batch=64, lr=2e-3, warmup=1,
+                 decay=0.3, ema=[0.99], cfg=1.5, log_every=100, sample_every=600, save_every=600),
+}
+CLIP = 1.0  # gradient norm; the paper does not say (its release added it after publication)
+PATIENCE = 5  # steps in a row that may be skipped for a gradient that is not finite
+NOISE_BLOCK = 16  # noise is drawn in fixed blocks of positions of the global batch
+COLUMNS = ["step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb", "skipped",  # of log.csv
+           *(f"{name}{part}" for name in ("fit", "val") for part in ("", *(f"_t{k}5" for k in range(10)))),
+           "fid", "inception_score", "fid_n"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained on: functions of the seed, the step and the place in the global batch
+
+@functools.lru_cache(maxsize=4)
+def shuffled(seed, epoch, n):
+    return np.random.default_rng([seed, 0, epoch]).permutation(n)
+
+
+def stream(seed, positions, n):
+    """Indices of the images at these positions of the endless stream: every image once an epoch, each epoch reshuffled."""
+    epochs, places = positions // n, positions % n
+    return np.concatenate([shuffled(seed, int(epoch), n)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+
+
+def draws(seed, step, batch):
+    """(normals for the times, uniforms for hidden labels, uniforms for mirroring), each (batch,): a whole global batch."""
+    rng = np.random.default_rng([seed, 1, step])
+    return rng.standard_normal(batch, dtype=np.float32), rng.random(batch), rng.random(batch)
+
+
+def step_noise(seed, step, first, count, shape, device):
+    """Noise (count, *shape) for places first ... of the global batch, drawn on the device that needs it."""
+    blocks = []
+    for block in range(first // NOISE_BLOCK, -(-(first + count) // NOISE_BLOCK)):
+        key = np.random.SeedSequence([seed, 2, step, block]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator(device).manual_seed(int(key))
+        blocks.append(torch.randn((NOISE_BLOCK, *shape), generator=generator, device=device))
+    return torch.cat(blocks).narrow(0, first % NOISE_BLOCK, count)
+
+
+def read_micro(data, seed, step, batch, places, label_drop):
+    """The micro-batch at these places of a step's global batch, as it comes from disk: latents in their stored type,
+    labels, normals for the times, and which labels to hide."""
+    normals, hide, flip = (values[places] for values in draws(seed, step, batch))
+    x, y = data.batch(stream(seed, step * batch + places, len(data)), flip < 0.5)
+    parts = x, y, torch.from_numpy(normals), torch.from_numpy(hide < label_drop)
+    return [part.pin_memory() for part in parts] if torch.cuda.is_available() else parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of the recipe
+
+def learning_rate(step, steps, base, warmup, decay):
+    """Linear warm-up over `warmup` steps, then constant; a fall to 0 over the last `decay` (a share) of the run."""
+    return base * min(1, (step + 1) / max(warmup, 1), (steps - step) / max(decay * steps, 1) if decay else 1)
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay):
+    """ema <- decay * ema + (1 - decay) * net, all parameters in one fused call."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def draw_grid(out, step, denoiser, emas, decays, vae, data, cfg, precision):
+    """Pictures from fixed noise, two a class, by the EMA once it is old enough to mean something, else by the network."""
+    old = step * (1 - decays[0]) >= 3
+    classes = pick_classes(None, None, data.num_classes)[:8]
+    images = generate(emas[0] if old else denoiser, vae, range(2 * len(classes)), classes, cfg=cfg, precision=precision)
+    names = [data.class_names[c] if data.class_names else c for c in classes]
+    (out / "samples").mkdir(exist_ok=True)
+    title = f"step {step}, {denoiser.target}-prediction, {'EMA' if old else 'weights'}, cfg {cfg:g}"
+    picture_grid(images, len(classes), names, title).save(out / "samples" / f"step{step:07d}.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+def parse(argv):
+    argv = sys.argv[1:] if argv is None else argv
+    preset = "demo" if "--demo" in argv else "imagenet"
+    parser = Parser("Train a JLT.")
+    what = parser.add_argument_group("what is trained")
+    what.add_argument("--demo", action="store_true", help="small digits in minutes on a CPU; other flags beside it win")
+    what.add_argument("--target", choices=TARGETS, default="x", help="what the network predicts")
+    what.add_argument("--loss", choices=TARGETS, default="v", help="the space of the squared error")
+    what.add_argument("--model", choices=SIZES, help="size")
+    what.add_argument("--patch", type=number(int, 1), help="patch size, in latent pixels")
+    what.add_argument("--init", type=pathlib.Path, help="start from these weights (fine-tuning)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--latents", type=pathlib.Path, help="cache written by vae.py")
+    data.add_argument("--val", type=pathlib.Path, help="cache of images that training never sees")
+    data.add_argument("--vae", help="codec for pictures (default: the one that made the cache)")
+    data.add_argument("--out", type=pathlib.Path, help="the run's folder (default: out/PRESET-MODEL+PATCH-TARGET)")
+    how = parser.add_argument_group("recipe")
+    how.add_argument("--steps", type=number(int, 1), help="optimizer steps in all")
+    how.add_argument("--batch", type=number(int, 1), help="images a step, over all GPUs")
+    how.add_argument("--micro", type=number(int, 1), help="most images a forward pass (default: 256 on CUDA, else 64)")
+    how.add_argument("--lr", type=number(float, 0), help="learning rate (default: 5e-5 * batch/256, except --demo)")
+    how.add_argument("--warmup", type=number(float, 0), help="linear warm-up, in epochs")
+    how.add_argument("--decay", type=number(float, 0, 1), help="share of the run over which the lr falls to 0 at the end")
+    how.add_argument("--ema", type=number(float, 0, 1), nargs="+", help="decay of one or two averages of the weights")
+    how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA, else fp32")
+    how.add_argument("--seed", type=number(int, 0), default=0, help="of initial weights, data order, times, noise")
+    how.add_argument("--no-compile", action="store_true", help="do without torch.compile")
+    when = parser.add_argument_group("once in a while (in steps, 0 = never)")
+    when.add_argument("--log-every", type=number(int, 1), help="a line, and a row of log.csv")
+    when.add_argument("--sample-every", type=number(int, 0), help="a grid of pictures, and the loss by time")
+    when.add_argument("--save-every", type=number(int, 1), help="a checkpoint")
+    when.add_argument("--keep-every", type=number(int, 0), default=0, help="an export of the EMA that is kept")
+    when.add_argument("--eval-every", type=number(int, 0), default=0, help="FID against --ref")
+    when.add_argument("--ref", type=pathlib.Path, help="reference statistics, npz")
+    when.add_argument("--eval-n", type=number(int, 2), default=10_000, help="images scored each time")
+    when.add_argument("--inception", type=pathlib.Path, help="weights of the FID network (default: torch's cache, or downloaded)")
+    parser.set_defaults(**{name: value for name, value in PRESETS[preset].items() if name != "cfg"})
+    args = parser.parse_args(argv)
+    args.latents = pathlib.Path(args.latents)
+    if len(args.ema) > 2:
+        raise BadInput(f"--ema {' '.join(map(str, args.ema))}: at most two")
+    if args.eval_every and not args.ref:
+        raise BadInput("--eval-every needs --ref FILE: statistics to compare with (python fid.py --images FOLDER --save-ref FILE)")
+    name = f"{preset}-{args.model}{args.patch}-{args.target}" + f"-{args.loss}loss" * (args.loss != "v")
+    args.out = args.out or pathlib.Path("out") / name
+    args.lr = args.lr if args.lr is not None else 5e-5 * args.batch / 256
+    return args, PRESETS[preset]["cfg"]
+
+
+def make_demo(latents):
+    """The demo's data, by the ordinary road: class folders of pictures -> vae.py -> a cache."""
+    pictures = latents.with_name("demo-digits")
+    if not pictures.exists():
+        draw_digits(pictures, per_class=500)
+    if codec.main(["--images", str(pictures), "--out", str(latents), "--vae", "pixels", "--size", "32", "--no-flip"]):
+        raise BadInput(f"{latents}: the demo's data could not be written: remove {latents} and {pictures}")
+
+
+@program
+def main(argv=None):
+    from tqdm import tqdm
+    args, cfg = parse(argv)
+    device, ranks = pick_device(), world_size()
+    bf16 = use_bf16(args.precision, device)
+    if args.batch % ranks:
+        raise BadInput(f"--batch {args.batch}: {ranks} ranks do not divide it")
+    per_rank, most = args.batch // ranks, args.micro or (256 if device.type == "cuda" else 64)
+    micro = next(size for size in range(min(per_rank, most), 0, -1) if per_rank % size == 0)
+    accumulation = per_rank // micro
+    say(f"{args.model}/{args.patch}, predicts {args.target}, loss in {args.loss}: {args.steps:,} steps of {args.batch} images "
+        f"({accumulation} x {micro} on each of {ranks} x {device.type}, {'bf16' if bf16 else 'fp32'}), lr {args.lr:g}, warm-up "
+        f"{args.warmup:g} epochs, decay {args.decay:g}, AdamW (0.9, 0.95) without weight decay, clip {CLIP}, EMA "
+        f"{' '.join(map(str, args.ema))}, P_mean/P_std -0.8/0.8, labels dropped 0.1, seed {args.seed} -> {args.out}")
+    join_ranks()
+    if args.demo and args.latents == pathlib.Path(PRESETS["demo"]["latents"]) and rank() == 0:
+        make_demo(args.latents)
+    meet()
+
+    # Everything that the run needs, before step 0
+    data, val = codec.LatentDataset(args.latents), codec.LatentDataset(args.val) if args.val else None
+    data.check()
+    if val and (val.shape, val.vae) != (data.shape, data.vae):
+        raise BadInput(f"--val {args.val}: latents {val.shape} of {val.vae}, training has {data.shape} of {data.vae}")
+    channels, grid, _ = data.shape
+    if grid % args.patch:
+        raise BadInput(f"--patch {args.patch} does not divide the latents' {grid}x{grid} grid")
+    torch.manual_seed(args.seed)
+    net = JLT(grid, args.patch, channels, num_classes=data.num_classes, **SIZES[args.model])
+    if args.init:
+        net = load_init(args.init, net, args.target)
+    denoiser = Denoiser(net.to(device), args.target, args.loss)
+    emas = [copy.deepcopy(denoiser).eval().requires_grad_(False) for _ in args.ema]
+    weights, averages = list(net.parameters()), [ema.net for ema in emas]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    warmup = round(args.warmup * len(data) / args.batch)
+    parameters = sum(p.numel() for p in weights)
+    say(f"{args.latents}: {len(data):,} images of {data.num_classes} classes, latents {channels}x{grid}x{grid}; network of "
+        f"{parameters / 1e6:.1f} M parameters; warm-up {warmup} steps; {args.steps * args.batch / len(data):.1f} epochs")
+    settings = dict(
+        model=args.model, patch=args.patch, target=args.target, loss=args.loss, data=data.fingerprint, steps=args.steps,
+        batch=args.batch, lr=args.lr, warmup=args.warmup, decay=args.decay, ema=args.ema, seed=args.seed,
+        precision="bf16" if bf16 else "fp32", P_mean=denoiser.P_mean, P_std=denoiser.P_std, t_eps=denoiser.t_eps,
+        label_drop=denoiser.label_drop, input_size=grid)
+    look = dict(vae=data.vae, hint=data.hint, size=data.size, class_names=data.class_names, cfg=cfg, interval=[0.1, 1.0])
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = rank() == 0 and lock_folder(args.out)  # noqa: F841 (held until main returns)
+    tensors, saved = resume_point(args.out)
+    step, skipped = 0, 0
+    if tensors is not None:
+        check_same_run(args.out, saved, settings)
+        restore(tensors, net, averages, optimizer)
+        step, skipped = saved["step"], saved["skipped"]
+        say(f"continues {args.out} at step {step}" if step < args.steps else f"{args.out} is finished: {step} steps")
+    elif shutil.disk_usage(args.out).free < parameters * 4 * (3 * (3 + len(emas)) + len(emas)):
+        raise BadInput(f"{args.out}: three checkpoints and an export need {parameters * 4 * 16 / 1e9:.1f} GB of free disk")
+    if step >= args.steps:
+        return 0
+    if any(args.steps * (1 - decay) < 3 for decay in args.ema):
+        say(f"warning: {args.steps} steps are few for an EMA of {max(args.ema)}: sample with --weights model, or lower --ema")
+    vae = None
+    if args.eval_every or args.sample_every and rank() == 0:
+        try:
+            vae = open_vae(look, args.vae, device)
+        except BadInput as error:
+            if args.eval_every or args.vae or data.vae:
+                raise BadInput(f"{error} (--sample-every 0 trains without pictures)") from None
+            say(f"no pictures: {error}")
+    if args.eval_every:
+        import fid
+        reference, inception = fid.load_reference(args.ref, device), fid.load_inception(args.inception, device)
+        fid.check_size(reference, "x".join([str(grid * vae.stride)] * 2))
+    if device.type == "cuda" and not args.no_compile:
+        if importlib.util.find_spec("triton"):
+            net.compile()  # in place: the state dict keeps its names
+        else:
+            say("without torch.compile: Triton is not installed")
+    model = denoiser
+    if ranks > 1:
+        model = DistributedDataParallel(denoiser, device_ids=[device.index] if device.type == "cuda" else None)
+
+    # The loop
+    first, start = rank() * per_rank, step
+    jobs = ((s, first + k * micro + np.arange(micro)) for s in range(start, args.steps) for k in range(accumulation))
+    batches = prefetched(lambda job: read_micro(data, args.seed, job[0], args.batch, job[1], denoiser.label_drop), jobs)
+    log = rank() == 0 and Log(args.out / "log.csv", COLUMNS, start)
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=not watched())
+    skipped, in_a_row = torch.tensor(float(skipped), device=device), torch.zeros((), device=device)
+    stop, stopping, flag, pending = StopSignal(), 0, None, None
+    clock, waited, since = time.perf_counter(), 0.0, start
+
+    while step < args.steps and not stopping:
+        lr = learning_rate(step, args.steps, args.lr, warmup, args.decay)
+        optimizer.param_groups[0]["lr"] = lr
+        total = torch.zeros((), device=device)
+        for k in range(accumulation):
+            asked = time.perf_counter()
+            x, y, normals, hide = (part.to(device, non_blocking=True) for part in next(batches))
+            waited += time.perf_counter() - asked
+            e = step_noise(args.seed, step, first + k * micro, micro, data.shape, device)
+            # Gradients are reduced over the ranks once a step, at the last micro-batch.
+            with model.no_sync() if ranks > 1 and k < accumulation - 1 else contextlib.nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    loss = model(x.float(), y, denoiser.times(normals), e, hide) / accumulation
+                loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(weights, CLIP)
+        # A gradient that is not finite on one rank is so on all, once reduced: all of them skip this step. The fused
+        # optimizer takes the verdict as a tensor, so nobody waits for the GPU to know it.
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.step()
+        optimizer.zero_grad()
+        skipped += optimizer.found_inf
+        in_a_row = (in_a_row + 1) * optimizer.found_inf
+        for ema, decay in zip(averages, args.ema):
+            update_ema(ema, net, decay)
+        step += 1
+        bar.update()
+        stopping = stop.number
+        if ranks > 1:  # all must stop at the same step: each reads the flag that all of them sent off one step ago
+            if pending:
+                pending.wait()
+            stopping = int(flag) if pending else 0
+            flag = torch.tensor(stop.number)
+            pending = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+
+        # Once in a while
+        def due(every):
+            return every and (step % every == 0 or step == args.steps)
+        row = {}
+        if due(args.log_every):
+            loss = total.cpu()  # here, and only here, the numbers are waited for
+            if ranks > 1:
+                dist.all_reduce(loss)
+            seconds = time.perf_counter() - clock
+            row = dict(step=step, loss=loss.item() / ranks, lr=lr, grad_norm=norm.item(), skipped=int(skipped),
+                       images_per_s=round((step - since) * args.batch / seconds, 2), data_wait=round(waited / seconds, 4),
+                       memory_gb=round(peak_memory(device), 2))
+            if in_a_row >= PATIENCE:
+                raise RunFailed(f"step {step}: the loss or its gradient was not finite {int(in_a_row)} times in a row; "
+                                f"the last good checkpoint is in {args.out}: go on from it with a lower --lr in another --out")
+        if due(args.sample_every) and rank() == 0:
+            for name, cache in {"fit": data, "val": val}.items():
+                if cache:
+                    mean, by_time = loss_by_time(denoiser, cache, device, bf16)
+                    row |= {"step": step, name: mean} | {f"{name}_t{k}5": value for k, value in enumerate(by_time)}
+            if vae:
+                draw_grid(args.out, step, denoiser, emas, args.ema, vae, data, cfg, args.precision)
+        if due(args.eval_every):
+            score = fid.evaluate(emas[0], vae, inception, reference, args.eval_n, args.seed, cfg, step=step)
+            row |= {"step": step, "fid_n": args.eval_n, "fid": float(score["fid"])}
+            row |= {"inception_score": float(score["inception_score"])} if score["inception_score"] != "n/a" else {}
+        if row and rank() == 0:
+            log.append(row)
+            bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items() if "_t" not in name))
+        if rank() == 0 and (due(args.save_every) or due(args.keep_every) or stopping):
+            now = settings | look | dict(step=step, skipped=int(skipped))
+            if due(args.keep_every):
+                save_checkpoint(args.out / f"ema-step{step:07d}.safetensors", tensors_of(net, averages), now)
+            if due(args.save_every) or stopping:
+                save_checkpoint(args.out / "ema.safetensors", tensors_of(net, averages), now)
+                save_checkpoint(args.out / "last.safetensors", tensors_of(net, averages, optimizer), now,
+                                keep=args.out / "previous.safetensors")
+        if row or due(args.save_every):
+            clock, waited, since = time.perf_counter(), 0.0, step
+
+    bar.close()
+    if stopping and step < args.steps:
+        say(f"stopped by a signal at step {step}, saved in {args.out}; the same command continues")
+        return 128 + stopping
+    say(f"done: {args.out}. Draw from it: python sample.py --ckpt {args.out / 'ema.safetensors'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
