@@ -85,10 +85,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, cos, sin):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)             # 3 × (B, N, heads, head_dim)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)            # 3 × (B, N, heads, head_dim)
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))                             # 3 × (B, heads, N, head_dim)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))                            # 3 × (B, heads, N, head_dim)
         x = F.scaled_dot_product_attention(q, k, v)                                        # (B, heads, N, head_dim)
         return self.proj(x.transpose(1, 2).flatten(2))                                     # (B, N, dim)
 
@@ -133,7 +133,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens: a convolution without bias into a narrow bottleneck, then 1×1 up to the width. A patch of p×p
+    """Patches to tokens: a convolution without bias into a narrow bottleneck, then 1×1 up to the width. A patch of p*p
     pixels with C channels holds p*p*C numbers; what is worth keeping of them is much less. Without a bottleneck, one
     convolution (the paper's release). A convolution reads its patch in the order channel, row, column."""
 

@@ -31,7 +31,7 @@ def ode_sample(velocity, z, steps, method="heun"):
     """Integrate dz/dt = velocity(z, t) from noise z at t = 0 to data at t = 1, in `steps` equal steps.
 
     velocity: a function of z and a Python float t. method: "euler" (1 evaluation a step, error ~ 1/steps) or "heun"
-    (2, error ~ 1/steps²; the last step is Euler's, since nothing should be asked at t = 1: 99 evaluations in 50 steps).
+    (2, error ~ 1/steps²; the last step is Euler's, since nothing is to be asked at t = 1: 99 evaluations in 50 steps).
     """
     for i in range(steps):
         t, t_next = i / steps, (i + 1) / steps  # Python floats: in float32, 5/50 would lie above an interval's 0.1
@@ -103,16 +103,16 @@ def use_bf16(precision, device):
 # From a checkpoint file to a denoiser (the files themselves: lib/checkpoint.py)
 
 def build_net(weights, path, input_size):
-    """The network that fits these tensors: all sizes but the latent grid's are read off their shapes. BadInput, by name,
-    where a tensor is missing, unknown or of another shape."""
+    """The network that fits these tensors: all sizes but the latent grid's are read off their shapes. Raises BadInput,
+    naming the tensor, where one is missing, unknown or of another shape."""
     weights = {name.removeprefix("module.").removeprefix("net."): tensor for name, tensor in weights.items()}
     weights.pop("mask_token", None)  # in the release's files; the paper's model does not use it
     try:
         patch = weights.get("x_embedder.proj1.weight", weights.get("x_embedder.proj.weight"))
         bottleneck = len(patch) if "x_embedder.proj1.weight" in weights else 0
-        width = len(weights["t_embedder.mlp.2.bias"])
+        width, head_dim = len(weights["t_embedder.mlp.2.bias"]), len(weights["blocks.0.attn.q_norm.weight"])
         with torch.device("meta"):  # no memory until every shape is known to be right
-            net = JLT(input_size, patch.shape[-1], patch.shape[1], width, num_heads=width // len(weights["blocks.0.attn.q_norm.weight"]),
+            net = JLT(input_size, patch.shape[-1], patch.shape[1], width, num_heads=width // head_dim,
                       depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
                       num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, bottleneck=bottleneck)
     except (KeyError, AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
@@ -129,18 +129,18 @@ def build_net(weights, path, input_size):
 
 
 def load_init(path, net, target):
-    """The network of `path`, to start from, where it is of the kind that the flags ask for (`net`). BadInput otherwise."""
+    """The network in `path`, to start from, where it is of the kind of `net`. Raises BadInput otherwise."""
     sets, settings = read_weights(path)
     start = build_net(sets.get("ema") or sets["model"], path, net.input_size)
     if settings.get("target") not in (None, target):
         raise BadInput(f"--init {path}: that network predicts {settings['target']}: give --target {settings['target']}")
-    def shapes(net):
-        return {"patch size": net.patch_size, "channels": net.in_channels} | {
-            name: tuple(value.shape) for name, value in net.state_dict().items() if not name.startswith(("x_emb", "y_emb"))}
+    def shapes(net):  # the patch embedding may differ (with or without a bottleneck), and so may the label table
+        tensors = {name: tuple(value.shape) for name, value in net.state_dict().items() if name[:2] not in ("x_", "y_")}
+        return {"patch size": net.patch_size, "channels": net.in_channels} | tensors
     ours, theirs = shapes(net), shapes(start)
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
-            raise BadInput(f"--init {path}: {name} is {theirs.get(name)} there, {ours.get(name)} here: match --model and --patch")
+            raise BadInput(f"--init {path}: {name} is {theirs.get(name)} there, {ours.get(name)} here: mind the flags")
     if start.num_classes != net.num_classes:
         say(f"--init {path}: {start.num_classes} classes there, {net.num_classes} here: the label table starts anew")
         start.y_embedder, start.num_classes = net.y_embedder, net.num_classes
@@ -155,16 +155,17 @@ def load_denoiser(path, weights="ema", device="cpu", target=None, input_size=Non
     """
     sets, settings = read_weights(path)
     if weights not in sets:
-        raise BadInput(f"{path} holds no weights {weights!r}: take --weights {' or '.join(sorted(sets)) or 'of another file'}")
+        raise BadInput(f"{path} holds no weights {weights!r}: expected --weights {' or '.join(sorted(sets))}")
     try:
         target = target or settings["target"]
         if target is None:
             raise BadInput(f"{path} does not say what its network predicts: give --target x, eps or v")
-        input_size = input_size or settings.get("input_size") or settings["size"] // 16  # FLUX.2's latents are 16× smaller
+        input_size = input_size or settings.get("input_size") or settings["size"] // 16  # FLUX.2: 16× smaller
         if not 1 <= input_size <= 512:
             raise ValueError(f"latent size {input_size}")
-        options = {name: float(settings[name]) for name in ("P_mean", "P_std", "t_eps", "label_drop") if name in settings}
-        denoiser = Denoiser(build_net(sets[weights], path, input_size), target, settings.get("loss", "v"), **options)
+        known = {"P_mean", "P_std", "t_eps", "label_drop"} & settings.keys()
+        denoiser = Denoiser(build_net(sets[weights], path, input_size), target, settings.get("loss", "v"),
+                            **{name: float(settings[name]) for name in known})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
@@ -177,7 +178,7 @@ def newest_checkpoint(weights="ema", folder="out"):
     """The newest run's file with these weights: the light export where it is enough, else the whole checkpoint."""
     files = [f for name in ("ema", "last", "previous") for f in pathlib.Path(folder).glob(f"*/{name}.safetensors")]
     if not files:
-        raise BadInput(f"no checkpoint under {folder}/: train one (python train.py --demo takes minutes), or give --ckpt FILE")
+        raise BadInput(f"no checkpoint in {folder}/: train one (python train.py --demo: minutes) or give --ckpt FILE")
     run = max(files, key=lambda f: f.stat().st_mtime).parent
     wanted = ("ema", "last", "previous") if weights != "model" else ("last", "previous", "ema")
     return next(run / f"{name}.safetensors" for name in wanted if run / f"{name}.safetensors" in files)
@@ -204,7 +205,7 @@ def open_vae(settings, override=None, device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
-SHOWN = (88, 207, 279, 360, 387, 417, 933, 979)  # of ImageNet: macaw, golden retriever, arctic fox, otter, red panda ...
+SHOWN = (88, 207, 279, 360, 387, 417, 933, 979)  # of ImageNet: macaw, retriever, arctic fox, otter, red panda ...
 
 
 def pick_classes(wanted, names, num_classes):
@@ -214,7 +215,7 @@ def pick_classes(wanted, names, num_classes):
         text = str(text)
         found = names.index(text) if names and text in names else int(text) if text.isdecimal() else -1
         if not 0 <= found < num_classes:
-            raise BadInput(f"class {text!r}: expected a number from 0 to {num_classes - 1}" + " or a class name" * bool(names))
+            raise BadInput(f"class {text!r}: expected 0 to {num_classes - 1}" + " or a class name" * bool(names))
         ids.append(found)
     return ids
 
@@ -262,23 +263,23 @@ def write_folder(folder, batches):
 def parse(argv):
     parser = Parser("Draw pictures from a checkpoint.")
     which = parser.add_argument_group("what is drawn")
-    which.add_argument("--ckpt", type=pathlib.Path, help="checkpoint, export or published file (default: the newest run in out/)")
+    which.add_argument("--ckpt", type=pathlib.Path, help="checkpoint or published file (default: newest in out/)")
     which.add_argument("--weights", choices=("ema", "ema2", "model"), default="ema", help="which of its weights")
-    which.add_argument("--classes", nargs="+", metavar="CLASS", help="class names or numbers (default: some for a grid, else all)")
+    which.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all; in a grid, some)")
     which.add_argument("--n", type=number(int, 1), help="images in all, classes taking turns (default: 2 a class)")
     which.add_argument("--seed", type=number(int, 0), default=0, help="image i depends on seed and i alone")
     which.add_argument("--target", choices=TARGETS, help="for a file that does not say what its network predicts")
     which.add_argument("--input-size", type=number(int, 1, 512), help="latent height, for a file that does not say it")
     how = parser.add_argument_group("how")
     how.add_argument("--cfg", type=number(float, 0, 1000), help="guidance scale, 1 = none (default: the checkpoint's)")
-    how.add_argument("--interval", type=interval, metavar="LOW,HIGH", help="times t that are guided (default: the checkpoint's)")
+    how.add_argument("--interval", type=interval, metavar="LOW,HIGH", help="times t guided (default: the checkpoint's)")
     how.add_argument("--steps", type=number(int, 1, 100000), default=50, help="ODE steps")
     how.add_argument("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
-    how.add_argument("--t-eps", type=number(float, 0, 1), help="floor of 1-t (or t) in the velocity (default: the checkpoint's)")
-    how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the network; auto: bf16 on CUDA")
+    how.add_argument("--t-eps", type=number(float, 0, 1), help="floor of 1-t or t (default: the checkpoint's)")
+    how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
     how.add_argument("--batch", type=number(int, 1), default=64, help="images at a time and device")
     where = parser.add_argument_group("where")
-    where.add_argument("--vae", help="flux2, taef2, pixels, a Hugging Face id or a folder (default: the one of the latents)")
+    where.add_argument("--vae", help="flux2, taef2, pixels, a Hugging Face id or a folder (default: the latents')")
     where.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples.png"),
                        help="NAME.png: a grid; NAME.npz: ADM's sample file; anything else: a folder of PNG files")
     return parser.parse_args(argv)
@@ -309,13 +310,14 @@ def main(argv=None):
         from tqdm import tqdm
         with tqdm(total=n // (1 if grid else world_size()), unit="image", disable=not watched()) as bar:
             for indices in batches:
-                yield indices, generate(denoiser, vae, indices, classes, args.seed, cfg, interval, args.steps, args.method,
-                                        args.precision)
+                yield indices, generate(denoiser, vae, indices, classes, args.seed, cfg, interval, args.steps,
+                                        args.method, args.precision)
                 bar.update(len(indices))
     facts = (f"{denoiser.target}-prediction, step {settings.get('step', '?')}, {args.weights}, cfg {cfg:g} in "
              f"{interval[0]:g}<t<{interval[1]:g}, {args.steps} {args.method} steps, seed {args.seed}")
     if grid and rank() == 0:
-        images = torch.cat([images.cpu() for _, images in draw(range(i, min(n, i + args.batch)) for i in range(0, n, args.batch))])
+        parts = [range(i, min(n, i + args.batch)) for i in range(0, n, args.batch)]
+        images = torch.cat([images.cpu() for _, images in draw(parts)])
         captions = [names[c] if names else c for c in classes]
         with atomic(args.out) as temporary:
             picture_grid(images, len(classes), captions, facts).save(temporary, "png")

@@ -1,7 +1,9 @@
 """Every formula against a closed form, a trusted library or a second way of computing it; every promise of the programs
-against what they do. Minutes on two CPU cores: python -m pytest -q test_all.py"""
+against what they do. Minutes on two CPU cores, no network, no GPU:  python -m pytest -q test_all.py"""
 import argparse
 import csv
+import functools
+import io
 import json
 import math
 import os
@@ -17,19 +19,29 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model import JLT, SIZES, TARGETS, Denoiser, rotary_table, rotate
-
+import fid
+import lib.inception
 import sample
 import train
 import vae
+from bench import curves, digits, geometry, guidance, nine, progress, spectrum
 from lib.checkpoint import read_checkpoint, save_checkpoint, tensors_of
+from lib.digits import draw_digits
+from lib.npz import image_rows, write_statistics
 from lib.run import BadInput, RunFailed, lock_folder
+from lib.table import append_rows, read_rows
+from lib.taef2 import Taef2
+from model import JLT, SIZES, TARGETS, Denoiser, rotary_table, rotate
 from sample import generate, guided_velocity, image_noise, load_denoiser, ode_sample
-from vae import LatentDataset, load_vae
+from vae import (LatentDataset, center_crop, from_uint8, image_tensor, list_images, load_vae, open_image, to_uint8,
+                 write_cache)
+from vae import main as vae_main
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
@@ -307,6 +319,565 @@ def test_gaussian_theory():
         assert v.var().item() == pytest.approx(lam + 1, rel=0.01)
         assert (left["v"] / left["x"]).item() == pytest.approx(1 / (1 - t) ** 2, rel=1e-3)
         assert (left["eps"] / left["x"]).item() == pytest.approx(t ** 2 / (1 - t) ** 2, rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vae.py: codecs, pictures, the cache
+
+def vae_picture(path, size=(40, 32), seed=0):
+    """A file of random pixels, smooth enough for JPEG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(path)
+
+
+def vae_folder(root, per_class=7, classes=("cat", "dog"), size=(40, 32)):
+    for label, name in enumerate(classes):
+        for i in range(per_class):
+            vae_picture(root / name / f"{i:02d}.png", size, 100 * label + i)
+    return root
+
+
+def vae_write(images, out, size=16, **options):
+    """write_cache in pixels, four images to a shard."""
+    assert write_cache(images, out, load_vae("pixels"), size, **{"batch": 3, "shard_size": 4} | options) == 0
+    return LatentDataset(out)
+
+
+def vae_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("latents_*")}
+
+
+def vae_foreign(folder, shards, **more):
+    """Shards as others write them: no metadata, any number of digits."""
+    folder.mkdir()
+    for (rank_, k), tensors in shards.items():
+        save_file(tensors, folder / f"latents_rank{rank_:02d}_shard{k:03d}.safetensors")
+    for name, value in more.items():
+        torch.save(value, folder / f"{name}.pt")
+    return folder
+
+
+def vae_tiny_flux2(folder, **changes):
+    """An AutoencoderKLFlux2 small enough for a test, with random weights and statistics, saved by diffusers itself."""
+    from diffusers import AutoencoderKLFlux2
+    torch.manual_seed(0)
+    options = dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=6)
+    net = AutoencoderKLFlux2(**options | changes).eval()
+    net.bn.running_mean.normal_()
+    net.bn.running_var.uniform_(0.5, 2)
+    net.save_pretrained(folder)
+    return net
+
+
+@pytest.mark.parametrize("place", ["plain", "plain/vae"])
+def test_flux2_is_mode_unshuffle_batchnorm(tmp_path, place):
+    """Through from_pretrained, with config.json at the root or under vae/; each step written out a second way."""
+    net = vae_tiny_flux2(tmp_path / place)
+    vae = load_vae(str(tmp_path / "plain"))
+    assert (vae.kind, vae.channels, vae.stride) == ("flux2", 24, 16)
+    x = torch.rand(18, 3, 32, 48) * 2 - 1  # more than one chunk
+    with torch.no_grad():
+        mean = net.encode(x).latent_dist.mean  # (18, 6, 4, 6): the mode of a Gaussian
+        z = torch.stack([mean[:, c, i::2, j::2] for c in range(6) for i in range(2) for j in range(2)], 1)
+        wanted = F.batch_norm(z, net.bn.running_mean, net.bn.running_var, eps=1e-4)
+        back = net.decode(mean).sample
+    assert vae.encode(x).shape == (18, 24, 2, 3) and not vae.encode(x).requires_grad
+    torch.testing.assert_close(vae.encode(x), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode(wanted), back, rtol=1e-4, atol=1e-5)
+
+
+def test_flux2_settings_come_from_its_config_and_bf16_stays_close(tmp_path):
+    net = vae_tiny_flux2(tmp_path / "vae", batch_norm_eps=1.0)  # the folder's own name is vae: still its root
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    full, half = (load_vae(str(tmp_path / "vae"), dtype=dtype) for dtype in ("fp32", "bf16"))
+    z = F.pixel_unshuffle(net.encode(x).latent_dist.mode(), 2).detach()
+    torch.testing.assert_close(full.encode(x), F.batch_norm(z, net.bn.running_mean, net.bn.running_var, eps=1.0))
+    assert full.id == half.id and half.encode(x).dtype == half.decode(half.encode(x)).dtype == torch.float32
+    assert (half.encode(x) - full.encode(x)).abs().max() < 0.1
+
+
+def test_flux2_refuses_other_configs_and_missing_weights(tmp_path):
+    vae_tiny_flux2(tmp_path)
+    weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    del weights["bn.running_mean"]
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(BadInput, match="lack bn.running_mean"):
+        load_vae(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKL"}))
+    with pytest.raises(BadInput, match="expected AutoencoderKLFlux2"):
+        load_vae(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_taef2_reads_the_published_keys(tmp_path, suffix):
+    """Files under the published names; encoding restated with functional calls, decoding checked in shape and range."""
+    torch.manual_seed(0)
+    net = Taef2()
+    for half, part in ("encoder", net.encoder), ("decoder", net.decoder):
+        state = {k: v.half() for k, v in part.state_dict().items()}
+        path = tmp_path / f"taef2_{half}{suffix}"
+        save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    w = {k: v.half().float() for k, v in net.encoder.state_dict().items()}
+    vae, x = load_vae(str(tmp_path)), torch.rand(2, 3, 32, 32) * 2 - 1
+
+    def block(h, i):
+        if f"{i}.pool.0.weight" in w:
+            p = F.group_norm(F.conv2d(h, w[f"{i}.pool.0.weight"]), 4, w[f"{i}.pool.1.weight"], w[f"{i}.pool.1.bias"])
+            h = h + F.conv2d(p.relu(), w[f"{i}.pool.3.weight"])
+        g = h
+        for j in (0, 2, 4):
+            g = F.conv2d(g.relu() if j else g, w[f"{i}.conv.{j}.weight"], w[f"{i}.conv.{j}.bias"], padding=1)
+        return (g + h).relu()
+
+    h = block(F.conv2d((x + 1) / 2, w["0.weight"], w["0.bias"], padding=1), 1)
+    for i in (2, 6, 10):
+        h = F.conv2d(h, w[f"{i}.weight"], stride=2, padding=1)
+        for j in (1, 2, 3):
+            h = block(h, i + j)
+    h = F.conv2d(h, w["14.weight"], w["14.bias"], padding=1)
+    torch.testing.assert_close(vae.encode(x), F.pixel_unshuffle(h, 2), rtol=1e-4, atol=1e-5)
+    assert {k for k in w if "pool" in k and k.endswith("0.weight")} == {f"{i}.pool.0.weight" for i in (11, 12, 13)}
+    indices = {int(k.split(".")[0]) for k in net.decoder.state_dict()}
+    assert indices == {1, 3, 4, 5, 7, 8, 9, 10, 12, 13, 14, 15, 17, 18, 19}
+    assert vae.decode(vae.encode(x)).shape == x.shape and (vae.kind, vae.channels, vae.stride) == ("taef2", 128, 16)
+    torch.testing.assert_close(net.decoder[0](torch.tensor([0.0, 3, 1e9])), 3 * torch.tensor([0.0, math.tanh(1), 1]))
+
+
+def test_local_codecs_are_known_by_their_weights(tmp_path):
+    """Never by their path; and a hash alone cannot be loaded."""
+    for name in ("here", "there"):
+        vae_tiny_flux2(tmp_path / name)
+    here, there = (load_vae(str(tmp_path / name)) for name in ("here", "there"))
+    assert here.id == there.id and re.fullmatch("flux2-[0-9a-f]{12}", here.id)
+    assert here.hint == str(tmp_path / "here") and load_vae("pixels").hint is None
+    weights = load_file(tmp_path / "there" / "diffusion_pytorch_model.safetensors")
+    weights["bn.running_mean"][0] += 1
+    save_file(weights, tmp_path / "there" / "diffusion_pytorch_model.safetensors")
+    assert load_vae(str(tmp_path / "there")).id != here.id
+    with pytest.raises(BadInput, match="name its folder"):
+        load_vae(here.id)
+
+
+def test_quantiser_inverts_and_rounds():
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(from_uint8(every)), every)
+    assert torch.equal(to_uint8(from_uint8(every).half()), every)  # as a pixels cache stores them
+    edges = torch.tensor([-9.0, -1, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 1, 9])
+    assert to_uint8(edges).tolist() == [0, 0, 0, 1, 255, 255]
+
+
+@pytest.mark.parametrize("size", [(33, 32), (200, 97), (64, 131), (10, 7), (64, 64), (1, 1)])
+def test_center_crop_restated(size):
+    """ADM's rule on arrays: halvings are means of 2 x 2 squares, the cut is in the middle."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    out, side = np.asarray(center_crop(image, 32)), np.array(image.size)
+    assert out.shape == (32, 32, 3)
+    if size == (64, 64):
+        assert np.abs(out - pixels.reshape(32, 2, 32, 2, 3).mean((1, 3))).max() <= 1
+    while side.min() >= 64:
+        image, side = image.resize(tuple(side // 2), Image.Resampling.BOX), side // 2
+    side = [round(n * 32 / side.min()) for n in side]
+    big = np.asarray(image.resize(side, Image.Resampling.BICUBIC))
+    x, y = (side[0] - 32) // 2, (side[1] - 32) // 2
+    assert np.array_equal(out, big[y:y + 32, x:x + 32])
+
+
+def vae_seen(tmp_path, image, name="a.png", **options):
+    image.save(tmp_path / name, **options)
+    return np.asarray(open_image(tmp_path / name)).astype(int)
+
+
+def test_pictures_of_every_mode_as_a_viewer_shows_them(tmp_path):
+    random = np.random.default_rng(0)
+    grey, rgb = random.integers(0, 256, (6, 5), np.uint8), random.integers(0, 256, (6, 5, 3), np.uint8)
+    alpha = random.integers(0, 256, (6, 5, 1), np.uint8)
+    spread = np.repeat(grey[..., None], 3, 2)
+
+    def on_white(colour):
+        return (colour * (alpha / 255) + 255 * (1 - alpha / 255))
+
+    seen = functools.partial(vae_seen, tmp_path)
+    assert np.array_equal(seen(Image.fromarray(rgb)), rgb)
+    assert np.array_equal(seen(Image.fromarray(grey)), spread)
+    assert np.array_equal(seen(Image.fromarray(grey > 99)), 255 * (spread > 99))
+    assert np.abs(seen(Image.fromarray(np.dstack([rgb, alpha]))) - on_white(rgb)).max() <= 1
+    assert np.abs(seen(Image.fromarray(np.dstack([grey, alpha[..., 0]]), "LA")) - on_white(spread)).max() <= 1
+
+    palette = Image.fromarray(grey // 64, "P")
+    colours = random.integers(0, 256, (4, 3), np.uint8)
+    palette.putpalette(colours.tobytes())
+    assert np.array_equal(seen(palette), colours[grey // 64])
+    hole = np.where((grey // 64 == 2)[..., None], 255, colours[grey // 64])
+    assert np.array_equal(seen(palette, transparency=2), hole)              # one palette entry is clear
+    assert np.array_equal(seen(palette, "a.gif", transparency=2), hole)
+    assert np.array_equal(seen(palette, transparency=b"\xff\xff\x00\xff"), hole)
+    clear = tuple(int(n) for n in rgb[2, 3])
+    assert seen(Image.fromarray(rgb), transparency=clear)[2, 3].tolist() == [255] * 3  # tRNS: one colour is clear
+
+    deep = random.integers(0, 65536, (6, 5), np.uint16)
+    scaled = np.repeat(np.round(deep / 257)[..., None], 3, 2)
+    for name in ("a.png", "a.tif", "a.pgm"):
+        assert np.array_equal(seen(Image.fromarray(deep), name), scaled), name
+    assert np.array_equal(seen(Image.fromarray(deep.astype(np.int32)), "a.tif"), scaled)
+    unit = np.repeat(np.round(deep / 65535 * 255)[..., None], 3, 2)
+    assert np.abs(seen(Image.fromarray((deep / 65535).astype(np.float32)), "a.tif") - unit).max() <= 1
+
+    cmyk = Image.fromarray(np.dstack([rgb, grey]), "CMYK")
+    ink = (255 - rgb.astype(float)) * (255 - spread) / 255
+    assert np.abs(seen(cmyk, "a.tif") - ink).max() <= 1
+    flat = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert np.abs(seen(flat, "a.jpg", quality=100) - [255, 0, 0]).max() <= 4  # red; JPEG stores it inverted
+
+    def smooth(quality):
+        return Image.fromarray(rgb).resize((40, 48), Image.Resampling.BICUBIC)
+
+    plain = seen(smooth(0), "a.jpg", quality=95)
+    assert np.array_equal(seen(smooth(0), "b.jpg", quality=95, progressive=True), plain)
+    assert np.abs(plain - np.asarray(smooth(0)).astype(int)).mean() < 4
+    frames = [Image.fromarray(rgb), Image.fromarray(255 - rgb)]
+    assert np.array_equal(seen(frames[0], save_all=True, append_images=frames[1:]), rgb)  # animated: the first frame
+    assert np.array_equal(seen(frames[0], "a.webp", save_all=True, append_images=frames[1:], lossless=True), rgb)
+
+    turned = {1: rgb, 2: rgb[:, ::-1], 3: rgb[::-1, ::-1], 4: rgb[::-1], 5: rgb.transpose(1, 0, 2),
+              6: np.rot90(rgb, -1), 7: np.rot90(rgb, 2).transpose(1, 0, 2), 8: np.rot90(rgb)}
+    for orientation, wanted in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert np.array_equal(seen(Image.fromarray(rgb), exif=exif), wanted), orientation
+
+
+def test_what_no_image_may_do(tmp_path):
+    """Bombs, slivers and formats that would start a program are refused, a wrong suffix is not."""
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    Image.new("1", (1, 101)).save(tmp_path / "sliver.png")
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    for name in ("bomb", "sliver", "script"):
+        with pytest.raises(Exception):
+            open_image(tmp_path / f"{name}.png")
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "really.png", "JPEG")
+    assert open_image(tmp_path / "really.png").size == (9, 9)
+
+
+def test_list_images_sorted_deep_and_visible(tmp_path):
+    for name in ("b/2.JPG", "b/10.png", "a/deep/er/x.jpeg", "a/1.tiff", "b/.hidden.png", ".git/1.png", "b/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    wanted = [("a/1.tiff", 0), ("a/deep/er/x.jpeg", 0), ("b/10.png", 1), ("b/2.JPG", 1)]
+    assert list_images(tmp_path) == (["a", "b"], wanted)
+
+
+def test_cache_round_trip_and_mirrored_images(tmp_path):
+    images = vae_folder(tmp_path / "images")
+    data = vae_write(images, tmp_path / "cache")
+    assert (len(data), data.shape, data.num_classes, data.size) == (14, (3, 16, 16), 2, 16)
+    assert (data.class_names, data.vae, data.hint) == (["cat", "dog"], {"kind": "pixels", "id": "pixels"}, None)
+    _, items = list_images(images)
+    pictures = torch.stack([image_tensor(center_crop(open_image(images / path), 16)) for path, _ in items])
+    latents, labels = data.batch(range(14))
+    assert latents.dtype == torch.float16 and labels.tolist() == [0] * 7 + [1] * 7 and labels.dtype == torch.int64
+    assert torch.equal(to_uint8(latents), pictures)
+    assert torch.equal(to_uint8(data.batch(range(14), True)[0]), pictures.flip(-1))
+    order, flip = np.random.default_rng(0).integers(0, 14, 50), np.random.default_rng(1).random(50) < 0.5
+    wanted = torch.stack([pictures[i].flip(-1) if f else pictures[i] for i, f in zip(order, flip)])
+    assert torch.equal(to_uint8(data.batch(order, flip)[0]), wanted)
+    assert torch.equal(data.batch(torch.tensor([3, 12]))[0], torch.stack([data[3][0], data[12][0]]))
+    assert data[-1][1] == 1 and torch.equal(data[-1][0], data[13][0]) and len(data.batch([])[1]) == 0
+    for wrong in ([14], [-1]):
+        with pytest.raises(IndexError):
+            data.batch(wrong)
+    x = latents.double()
+    assert data.check() == pytest.approx((x.mean().item(), x.std(correction=0).item()), rel=1e-6)
+
+
+def test_the_mirrored_latent_is_the_mirrored_images(tmp_path):
+    """With a codec that is not symmetric: the latents' own mirror image is something else."""
+    vae_tiny_flux2(tmp_path / "vae")
+    images, vae = vae_folder(tmp_path / "images", 2), load_vae(str(tmp_path / "vae"))
+    write_cache(images, tmp_path / "cache", vae, 32)
+    data = LatentDataset(tmp_path / "cache")
+    pictures = [image_tensor(center_crop(open_image(images / path), 32)) for path, _ in list_images(images)[1]]
+    x = from_uint8(torch.stack(pictures))
+    torch.testing.assert_close(data.batch(range(4), True)[0], vae.encode(x.flip(-1)).half())
+    assert (data.batch(range(4), True)[0] - data.batch(range(4))[0].flip(-1)).abs().max() > 0.1
+    assert (data.vae, data.hint) == ({"kind": "flux2", "id": vae.id}, str(tmp_path / "vae"))
+    (tmp_path / "cache" / "source.json").write_text("[")
+    assert LatentDataset(tmp_path / "cache").hint is None  # a convenience: free to go
+    assert str(tmp_path).encode() not in b"".join(vae_bytes(tmp_path / "cache").values())
+
+
+def test_no_flip_never_mirrors(tmp_path):
+    data = vae_write(vae_folder(tmp_path / "images", 2), tmp_path / "cache", flip=False)
+    assert not data.mirrored and torch.equal(data.batch([1, 2], True)[0], data.batch([1, 2])[0])
+
+
+def test_cache_is_the_same_from_two_ranks_and_in_two_pieces(tmp_path, monkeypatch):
+    images = vae_folder(tmp_path / "images")
+    (images / "cat" / "03.png").write_bytes(b"no image")
+    whole = vae_bytes(vae_write(images, tmp_path / "one").rows.paths[0].parent)
+    assert len(whole) == 4
+    for rank_ in ("1", "0"):
+        monkeypatch.setenv("RANK", rank_), monkeypatch.setenv("WORLD_SIZE", "2")
+        write_cache(images, tmp_path / "two", load_vae("pixels"), 16, batch=3, shard_size=4)
+        if rank_ == "1":
+            with pytest.raises(BadInput, match="2 of 4 shards, number 0"):
+                LatentDataset(tmp_path / "two")
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    assert vae_bytes(tmp_path / "two") == whole
+
+    class Stop:  # a signal after some batches
+        calls = 0
+
+        @property
+        def number(self):
+            self.calls += 1
+            return 15 * (self.calls > 5)
+
+    out = tmp_path / "pieces"
+    assert write_cache(images, out, load_vae("pixels"), 16, batch=3, shard_size=4, stop=Stop()) == 143
+    first = {path: path.stat().st_mtime_ns for path in out.glob("latents_*")}
+    assert len(first) == 2 and not list(out.glob(".tmp*"))
+    vae_write(images, out)
+    assert vae_bytes(out) == whole and all(path.stat().st_mtime_ns == t for path, t in first.items())
+    (out / "latents_rank00_shard00001.safetensors").unlink()
+    assert vae_bytes(vae_write(images, out).rows.paths[0].parent) == whole
+
+
+def test_batches_stay_within_a_shard_and_mirror_in_the_same_size(tmp_path, monkeypatch):
+    vae, seen = load_vae("pixels"), []
+    monkeypatch.setattr(vae, "encode", lambda x: seen.append(len(x)) or x)
+    write_cache(vae_folder(tmp_path / "images"), tmp_path / "cache", vae, 16, batch=3, shard_size=4)
+    assert seen == [3, 3, 1, 1] * 3 + [2, 2]
+
+
+def test_cache_with_other_settings_is_left_alone(tmp_path):
+    images = vae_folder(tmp_path / "images")
+    vae_write(images, tmp_path / "cache")
+    before = vae_bytes(tmp_path / "cache")
+    for change in {"size": 8}, {"flip": False}, {"batch": 4}, {"shard_size": 7}:
+        with pytest.raises(BadInput, match=next(iter(change)).removesuffix("_size") + "|shards"):
+            vae_write(images, tmp_path / "cache", **change)
+    (images / "dog" / "06.png").rename(images / "dog" / "07.png")
+    with pytest.raises(BadInput, match="list"):
+        vae_write(images, tmp_path / "cache")
+    assert vae_bytes(tmp_path / "cache") == before
+    vae_foreign(tmp_path / "theirs", {(0, 0): {"latents": torch.zeros(1, 3, 16, 16), "labels": torch.zeros(1).long()}})
+    with pytest.raises(BadInput, match="program"):
+        vae_write(images, tmp_path / "theirs")
+
+
+def test_unreadable_images_are_listed_and_survived(tmp_path, capsys):
+    images = vae_folder(tmp_path / "images")
+    whole = (images / "cat" / "00.png").read_bytes()
+    (images / "cat" / "01.png").write_bytes(whole[:len(whole) // 2])
+    (images / "dog" / "00.png").write_bytes(b"")
+    (images / "dog" / os.fsdecode(b"\xff\xfe \xe9.png")).symlink_to("nowhere")  # a name that is not UTF-8
+    data = vae_write(images, tmp_path / "cache")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(data) == 12 and sum(line.startswith("warning: left out") for line in lines) == 3
+    left = sum((json.loads(read_metadata(path)["nanojlt"])["unreadable"] for path in data.rows.paths), [])
+    assert left == ["cat/01.png", "dog/00.png", os.fsdecode(b"dog/\xff\xfe \xe9.png")]
+    vae_write(images, tmp_path / "cache")  # nothing left to do; the list is repeated
+    assert capsys.readouterr().err.count("left out") == 3
+
+
+def read_metadata(path):
+    with safe_open(path, "np") as file:
+        return file.metadata()
+
+
+def test_our_shards_read_as_lightningdit_reads_them(tmp_path):
+    """Plain safetensors calls, the foreign keys, shapes and types; one metadata key, sorted, without paths or dates."""
+    data = vae_write(vae_folder(tmp_path / "images"), tmp_path / "cache")
+    tensors = [load_file(path) for path in sorted((tmp_path / "cache").glob("*.safetensors"))]
+    assert [set(t) for t in tensors] == [{"latents", "latents_flip", "labels"}] * 4
+    assert {str(t[k].dtype) for t in tensors for k in t} == {"torch.float16", "torch.int64"}
+    assert torch.equal(torch.cat([t["latents"] for t in tensors]), data.batch(range(14))[0])
+    metadata = read_metadata(data.rows.paths[1])
+    settings = json.loads(metadata["nanojlt"])
+    assert list(metadata) == ["nanojlt"] and metadata["nanojlt"] == json.dumps(settings, sort_keys=True)
+    assert (settings["shard"], settings["shards"], settings["images"], settings["flip"]) == (1, 4, 14, True)
+
+
+@pytest.mark.parametrize("dtype, labels", [(torch.float32, torch.int32), (torch.float16, torch.int64),
+                                           (torch.bfloat16, torch.int64)])
+def test_foreign_caches_batch_for_batch(tmp_path, dtype, labels):
+    """By rank and number (2 before 10, rank 1 after rank 0), normalised where their statistics lie beside them."""
+    torch.manual_seed(0)
+    order = [(0, 2), (0, 10), (1, 0)]
+    shards = {at: {"latents": torch.randn(3, 4, 2, 2).to(dtype), "latents_flip": torch.randn(3, 4, 2, 2).to(dtype),
+                   "labels": torch.randint(0, 9, (3,)).to(labels)} for at in order}
+    stats = {"mean": torch.randn(1, 4, 1, 1), "std": torch.rand(1, 4, 1, 1) + 0.5}
+    raw = LatentDataset(vae_foreign(tmp_path / "raw", shards))
+    scaled = LatentDataset(vae_foreign(tmp_path / "scaled", shards, latents_stats=stats))
+    plain, mirrored, y = (torch.cat([shards[at][key] for at in order]) for key in ("latents", "latents_flip", "labels"))
+    pick, flip = np.array([8, 0, 3, 3]), np.array([True, False, True, False])
+    wanted = torch.where(torch.from_numpy(flip).view(-1, 1, 1, 1), mirrored[pick], plain[pick])
+    assert torch.equal(raw.batch(pick, flip)[0], wanted) and raw.batch(pick)[1].tolist() == y[pick].tolist()
+    torch.testing.assert_close(scaled.batch(pick, flip)[0], ((wanted.float() - stats["mean"]) / stats["std"]).to(dtype))
+    assert raw.num_classes == y.max() + 1 and raw.vae is raw.class_names is raw.size is None and raw.mirrored
+    assert raw.fingerprint != scaled.fingerprint == LatentDataset(tmp_path / "scaled").fingerprint
+    del shards[0, 10]["latents_flip"]
+    assert not LatentDataset(vae_foreign(tmp_path / "half", shards)).mirrored
+
+
+def test_check_warns_of_latents_that_are_not_normalised(tmp_path, capsys):
+    cases = {"good": (0.1, 0.9, 0), "wide": (0, 5, 1), "off": (2, 1, 1), "flat": (0, 0.1, 1)}
+    for name, (mean, std, warns) in cases.items():
+        shard = {"latents": torch.randn(64, 4, 4, 4) * std + mean, "labels": torch.zeros(64).long()}
+        found = LatentDataset(vae_foreign(tmp_path / name, {(0, 0): shard})).check()
+        assert found == pytest.approx((mean, std), abs=0.1 + 0.05 * std)
+        assert capsys.readouterr().out.count("warning") == warns, name
+    shard["latents"][5, 0, 0, 0] = math.nan
+    with pytest.raises(BadInput, match="finite"):
+        LatentDataset(vae_foreign(tmp_path / "nan", {(0, 0): shard})).check()
+
+
+def test_damaged_caches_are_refused_by_name(tmp_path):
+    images = vae_folder(tmp_path / "images")
+    cache = tmp_path / "cache"
+    vae_write(images, cache)
+    path = cache / "latents_rank00_shard00002.safetensors"
+    good = path.read_bytes()
+
+    def refused(match, data=None):
+        if data is not None:
+            path.write_bytes(data)
+        with pytest.raises(BadInput, match=match) as error:
+            LatentDataset(cache)
+        assert "\n" not in str(error.value)
+        path.write_bytes(good)
+
+    refused("shard00002.*bytes, expected", good[:-5])
+    refused("shard00002.*bytes, expected", good + b"x")
+    for data in (b"", good[:4], good[:100], b"\xff" * 300, (2).to_bytes(8, "little") + b"[]",
+                 good.replace(b'"F16"', b'"F99"')):
+        refused("shard00002", data)
+    tensors, metadata = load_file(path), read_metadata(path)
+    for change in ({"labels": torch.tensor([0, 0, 0, 2])}, {"labels": torch.tensor([0, -1, 0, 0])}):
+        save_file(tensors | change, path, metadata)
+        refused("labels from")
+    for change in ({"labels": torch.zeros(3).long()}, {"labels": torch.zeros(4)},
+                   {"latents": torch.zeros(4, 3, 256).half()}, {"latents_flip": torch.zeros(4, 3, 8, 8).half()}):
+        save_file(tensors | change, path, metadata)
+        refused("shard00002")
+    save_file({k: v[:, :, :8, :8].contiguous() if v.ndim == 4 else v for k, v in tensors.items()}, path, metadata)
+    refused(r"shard00002.*\(3, 8, 8\)")
+    save_file(tensors, path)
+    refused("shard00002.*program")
+    settings = json.loads(metadata["nanojlt"])
+    for change, match in ({"size": 32}, "size"), ({"classes": 3}, "shard00002"), ({"shard": 1}, "number 2"):
+        save_file(tensors, path, {"nanojlt": json.dumps(settings | change)})
+        refused(match)
+    path.unlink()
+    refused("3 of 4 shards, number 2")
+    (cache / "latents_rank00_shard00003.safetensors").unlink()
+    refused("3 of 4 shards, number 3")
+    with pytest.raises(BadInput, match="no latents"):
+        LatentDataset(tmp_path / "images")
+
+
+def test_mutated_shards_are_read_or_refused(tmp_path):
+    """Random damage to the header: one line, or a data set that can be read; never another error."""
+    cache, random = tmp_path / "cache", np.random.default_rng(0)
+    vae_write(vae_folder(tmp_path / "images", 2), cache, shard_size=99)
+    path = next(cache.glob("latents_*"))
+    good = np.frombuffer(path.read_bytes(), np.uint8)
+    header = 8 + int.from_bytes(good[:8].tobytes(), "little")
+    refused = 0
+    for _ in range(300):
+        bad = good.copy()
+        bad[random.integers(0, header, random.integers(1, 4))] = random.integers(0, 256)
+        path.write_bytes(bad.tobytes())
+        try:
+            LatentDataset(cache).batch([0, 3])
+        except BadInput:
+            refused += 1
+    assert refused > 100
+
+
+def test_stats_that_are_no_tensors_run_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "hacked"),)
+
+    shard = {(0, 0): {"latents": torch.zeros(1, 4, 2, 2), "labels": torch.zeros(1).long()}}
+    for name, stats in ("evil", Evil()), ("short", {"mean": torch.zeros(3), "std": torch.ones(3)}), ("list", [1]):
+        with pytest.raises(BadInput, match="latents_stats"):
+            LatentDataset(vae_foreign(tmp_path / name, shard, latents_stats=stats))
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_spawned_workers_read_a_cache(tmp_path):
+    data = vae_write(vae_folder(tmp_path / "images", 3), tmp_path / "cache")
+    data.batch(range(6))
+    assert not pickle.loads(pickle.dumps(data)).rows.maps
+    loader = torch.utils.data.DataLoader(data, batch_size=6, num_workers=1, multiprocessing_context="spawn")
+    latents, labels = next(iter(loader))
+    assert torch.equal(latents, data.batch(range(6))[0]) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_vae_program_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    images = str(vae_folder(tmp_path / "images", 1))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "flat").mkdir()
+    vae_picture(tmp_path / "flat" / "1.png")
+    (tmp_path / "hole" / "class").mkdir(parents=True)
+    (tmp_path / "junk" / "class").mkdir(parents=True)
+    (tmp_path / "junk" / "class" / "1.png").write_bytes(b"junk")
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("vae.StopSignal", lambda: None)  # the test run keeps its own signals
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, word in (
+            (["--images", "missing"], "no such folder"), (["--images", "x" * 5000], "no such folder"),
+            (["--images", "empty"], "no class folders"), (["--images", "flat"], "no class folders"),
+            (["--images", "hole"], "a class folder without images"), (["--images", "a file"], "no such folder"),
+            (["--images", "junk"], "not one of 1 images"), ([], "--images"),
+            (["--images", images, "--colour"], "--colour"), (["--images", images, "--vae", "nonsense"], "nonsense"),
+            (["--images", images, "--size", "0"], "--size"), (["--images", images, "--size", "x"], "--size"),
+            (["--images", images, "--batch", "17"], "--batch"), (["--images", images, "--dtype", "fp16"], "black"),
+            (["--images", images, "--vae", "empty"], "config.json"),
+            (["--images", images, "--out", "a file"], "a file"), (["--images", images, "--out", images], "inside"),
+            (["--images", images, "--out", "y" * 300], "cannot be written")):
+        assert vae_main(arguments + ["--vae", "pixels"] * ("--vae" not in arguments)) == 2, arguments
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1 and word in error[0], (arguments, error)
+    with pytest.raises(BadInput, match="multiple of 16"):
+        vae_tiny_flux2(tmp_path / "codec")
+        write_cache(images, tmp_path / "out", load_vae(str(tmp_path / "codec")), 40)
+    monkeypatch.setattr("vae.shutil.disk_usage", lambda path: argparse.Namespace(free=10))
+    assert vae_main(["--images", images, "--vae", "pixels"]) == 2 and "another disk" in capsys.readouterr().err
+    assert [p for p in sorted(tmp_path.rglob("*")) if "codec" not in str(p)] == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path, capsys, monkeypatch):
+    """A file-size limit stands in for the disk."""
+    images = vae_folder(tmp_path / "images", 3, size=(64, 64))
+    code = ("import resource, signal, sys, vae; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); sys.exit(vae.main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, "--images", images, "--out", tmp_path / "out", "--vae", "pixels",
+                           "--size", "64"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not list((tmp_path / "out").glob("*latents*")) and not list((tmp_path / "out").glob(".tmp*"))
+
+
+def test_digits_are_drawn_the_same_from_a_seed(tmp_path):
+    draw_digits(tmp_path / "a", 2, seed=1)
+    draw_digits(tmp_path / "b", 2, seed=1)
+    draw_digits(tmp_path / "c", 2, seed=2)
+    roots = [tmp_path / name for name in "abc"]
+    a, b, c = ({p.relative_to(root): p.read_bytes() for p in root.rglob("*.png")} for root in roots)
+    assert a == b and a.keys() == c.keys() and a != c and len(a) == 20
+    assert list_images(tmp_path / "a")[0] == list("0123456789")
+    picture = np.asarray(open_image(tmp_path / "a" / "8" / "00000.png"))
+    assert picture.shape == (32, 32, 3) and picture.max() == 255
+    assert picture[[0, -1]].max() == picture[:, [0, -1]].max() == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sample.py: the ODE, guidance, files, pictures
 
@@ -520,7 +1091,7 @@ def test_newest_checkpoint_is_the_newest_run(tmp_path, monkeypatch):
     ([], "python train.py --demo"), (["--ckpt", "none.safetensors"], "no such checkpoint"),
     (["--ckpt", "text.safetensors"], "not a whole"), (["--ckpt", "cut.safetensors"], "not a whole"),
     (["--ckpt", "text.pth"], "not a checkpoint of plain tensors"), (["--ckpt", "."], "no such checkpoint file"),
-    (["--ckpt", "a.safetensors", "--classes", "zebra"], "class 'zebra'"), (["--ckpt", "a.safetensors", "--classes", "5"], "from 0 to 4"),
+    (["--ckpt", "a.safetensors", "--classes", "zebra"], "class 'zebra'"), (["--ckpt", "a.safetensors", "--classes", "5"], "0 to 4"),
     (["--ckpt", "a.safetensors", "--cfg", "nan"], "--cfg"), (["--ckpt", "a.safetensors", "--cfg", "x"], "invalid float"),
     (["--ckpt", "a.safetensors", "--steps", "0"], "1 or more"), (["--ckpt", "a.safetensors", "--seed", "-1"], "0 or more"),
     (["--ckpt", "a.safetensors", "--interval", "0.9,0.1"], "LOW,HIGH"), (["--ckpt", "a.safetensors", "--interval", "1"], "--interval"),
@@ -880,3 +1451,739 @@ def test_ranks_must_divide_the_batch(monkeypatch, capsys, finished):
     assert train.main(flags(finished[0], "never")) == 2 and "3 ranks do not divide it" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# fid.py: Inception, statistics, references, the sweep
+
+def fid_covariance(rng, d):
+    a = rng.standard_normal((d, d))
+    return a @ a.T / d
+
+
+class FidInception(nn.Module):
+    """Stands in for Inception: 16 features, 1008 logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 1008)
+        generator = torch.Generator().manual_seed(0)
+        self.mix = torch.randn(48, 16, generator=generator)
+        self.fc.weight.data = torch.randn(1008, 16, generator=generator)
+
+    @torch.inference_mode()
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        features = F.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1) @ self.mix
+        return features, features @ self.fc.weight.T
+
+
+@pytest.fixture
+def fid_small(monkeypatch):
+    """fid.py with the small network in place of Inception, and statistics of its width."""
+    network = FidInception()
+    monkeypatch.setattr(fid, "FEATURES", 16)
+    monkeypatch.setattr(fid.Statistics.__init__, "__defaults__", ("cpu", 16, 1008))
+    monkeypatch.setattr(fid, "load_inception", lambda path, device: network)
+    return network
+
+
+def fid_folder(folder, n=24, size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        (folder / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / str(i % 2) / f"{i:03d}.png")
+    return folder
+
+
+def fid_ref(path, d=16, **about):
+    rng = np.random.default_rng(1)
+    write_statistics(path, rng.standard_normal(d), fid_covariance(rng, d), **about)
+    return path
+
+
+def fid_refused(capsys, argv, *words):
+    """main(argv) ends with code 2 and one line that holds these words."""
+    assert fid.main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error:") and error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def fid_result(out):
+    """(FID, IS) of the printed result."""
+    words = next(line for line in out.splitlines() if line.startswith("FID-")).split()
+    return float(words[1]), float(words[3])
+
+
+# Frechet distance, statistics, Inception Score
+
+def test_fid_frechet_closed_forms():
+    rng = np.random.default_rng(0)
+    a, b, mu = rng.uniform(0, 3, 32), rng.uniform(0, 3, 32), rng.standard_normal(32)
+    q, _ = np.linalg.qr(rng.standard_normal((32, 32)))
+    expected = (mu ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    for turn in (np.eye(32), q):
+        got = fid.frechet_distance(mu, turn * a @ turn.T, np.zeros(32), turn * b @ turn.T)
+        assert type(got) is float and got == pytest.approx(expected, rel=1e-10)
+    s1, s2 = fid_covariance(rng, 2), fid_covariance(rng, 2)  # do not commute; a 2x2 root's trace is known
+    root = np.sqrt(np.trace(s1 @ s2) + 2 * np.sqrt(np.linalg.det(s1 @ s2)))
+    got = fid.frechet_distance(np.zeros(2), torch.from_numpy(s1), np.ones(2), torch.from_numpy(s2))
+    assert got == pytest.approx(2 + np.trace(s1 + s2) - 2 * root, rel=1e-10)
+
+
+def test_fid_equal_statistics_are_at_distance_zero():
+    rng = np.random.default_rng(1)
+    mu, sigma = rng.standard_normal(200), fid_covariance(rng, 200)
+    assert abs(fid.frechet_distance(mu, sigma, mu, sigma)) < 1e-6
+    x = rng.standard_normal((50, 200)) * 10  # singular
+    assert abs(fid.frechet_distance(mu, np.cov(x.T), mu, np.cov(x.T))) < 1e-3
+
+
+def test_fid_of_singular_covariances():
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((20, 64)), rng.standard_normal((30, 64)) * 2 + 1
+    xc, yc = x - x.mean(0), y - y.mean(0)
+    nuclear = np.linalg.svd(xc @ yc.T, compute_uv=False).sum() / np.sqrt(19 * 29)  # tr((S1 S2)^1/2), never forming S
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T)) + np.trace(np.cov(y.T)) - 2 * nuclear
+    assert fid.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T)) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_fid_statistics_streamed(batch):
+    generator = torch.Generator().manual_seed(3)
+    x, logits = torch.randn(130, 24, generator=generator) + 5, torch.randn(130, 9, generator=generator) * 3
+    statistics = fid.Statistics(130, features=24, classes=9)
+    for i in reversed(range(0, 130, batch)):  # any order
+        statistics.update(x[i:i + batch], logits[i:i + batch], range(i, min(i + batch, 130)))
+    mu, sigma = statistics.mean_and_covariance()
+    np.testing.assert_allclose(mu, x.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(x.double().numpy().T), rtol=1e-9, atol=1e-12)
+    assert statistics.inception_score() == pytest.approx(fid_direct_score(logits), rel=1e-12)
+
+
+def fid_direct_score(logits):
+    """Inception Score as it is written in papers, of everything at once."""
+    x = logits.double().numpy()[np.random.RandomState(2020).permutation(len(logits))]
+    p = np.exp(x - x.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    scores = []
+    for i in range(10):
+        part = p[i * len(p) // 10:(i + 1) * len(p) // 10]
+        scores.append(np.exp((part * (np.log(part) - np.log(part.mean(0)))).sum(1).mean()))
+    return np.mean(scores)
+
+
+@pytest.mark.parametrize("n", [10, 57, 200])
+def test_fid_inception_score(n):
+    logits = torch.randn(n, 40, generator=torch.Generator().manual_seed(n)) * 4
+    assert fid.inception_score(logits) == pytest.approx(fid_direct_score(logits), rel=1e-12)
+    assert fid.inception_score(torch.zeros(n, 40)) == pytest.approx(1)
+
+
+def test_fid_two_ranks_are_one(tmp_path):
+    code = f"""
+import torch, torch.distributed as dist, fid
+dist.init_process_group("gloo", init_method="file://{tmp_path}/meet", rank=int(fid.rank()), world_size=2)
+generator = torch.Generator().manual_seed(4)
+x, logits = torch.randn(100, 16, generator=generator), torch.randn(100, 8, generator=generator)
+statistics = fid.Statistics(100, features=16, classes=8)
+for indices in fid.rank_batches(100, 7):
+    statistics.update(x[list(indices)], logits[list(indices)], indices)
+statistics.all_reduce()
+torch.save([*statistics.mean_and_covariance(), statistics.inception_score()], f"{tmp_path}/{{fid.rank()}}.pt")
+"""
+    root = pathlib.Path(fid.__file__).parent
+    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "RANK": str(i), "WORLD_SIZE": "2"})
+             for i in range(2)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    generator = torch.Generator().manual_seed(4)
+    x, logits = torch.randn(100, 16, generator=generator), torch.randn(100, 8, generator=generator)
+    for i in range(2):
+        mu, sigma, score = torch.load(tmp_path / f"{i}.pt")
+        np.testing.assert_allclose(mu, x.double().mean(0), atol=1e-12)
+        np.testing.assert_allclose(sigma, np.cov(x.double().numpy().T), atol=1e-12)
+        assert score == pytest.approx(fid_direct_score(logits), rel=1e-12)
+
+
+# Inception
+
+@pytest.mark.parametrize("height,width", [(1, 1), (5, 32), (299, 299), (310, 640)])
+def test_fid_resize_is_tensorflows(height, width):
+    x = np.random.default_rng(5).integers(0, 256, (height, width)).astype(np.float64)
+    got = lib.inception.resize(torch.from_numpy(x).float()[None, None], 299)[0, 0].numpy()
+    for i in range(0, 299, 13):
+        for j in range(0, 299, 11):
+            r, c = i * height / 299, j * width / 299
+            r0, c0 = int(r), int(c)
+            r1, c1 = min(r0 + 1, height - 1), min(c0 + 1, width - 1)
+            top = x[r0, c0] * (1 - (c - c0)) + x[r0, c1] * (c - c0)
+            low = x[r1, c0] * (1 - (c - c0)) + x[r1, c1] * (c - c0)
+            assert got[i, j] == pytest.approx(top * (1 - (r - r0)) + low * (r - r0), abs=0.02)
+
+
+def fid_restated(state, images):
+    """The 2015-12-05 network, written out once more from its tensors alone."""
+    def conv(x, name, stride=1, pad=0):
+        x = F.conv2d(x, state[f"{name}.conv.weight"], None, stride, pad)
+        bn = [state[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        return F.relu(F.batch_norm(x, *bn, eps=0.001))
+
+    def chain(x, *steps):
+        for step in steps:
+            x = conv(x, *step)
+        return x
+
+    def pooled(x, block, kind="avg"):
+        x = F.max_pool2d(x, 3, 1, 1) if kind == "max" else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return conv(x, f"{block}.branch_pool")
+
+    one, rows, columns = 1, (3, 0), (0, 3)
+    x = (lib.inception.resize(images.float(), 299) - 128) / 128
+    x = chain(x, ("Conv2d_1a_3x3", 2), ("Conv2d_2a_3x3",), ("Conv2d_2b_3x3", 1, 1))
+    x = chain(F.max_pool2d(x, 3, 2), ("Conv2d_3b_1x1",), ("Conv2d_4a_3x3",))
+    x = F.max_pool2d(x, 3, 2)
+    for m in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+        x = torch.cat([conv(x, f"{m}.branch1x1"), chain(x, (f"{m}.branch5x5_1",), (f"{m}.branch5x5_2", 1, 2)),
+                       chain(x, (f"{m}.branch3x3dbl_1",), (f"{m}.branch3x3dbl_2", 1, one), (f"{m}.branch3x3dbl_3", 1, one)),
+                       pooled(x, m)], 1)
+    m = "Mixed_6a"
+    x = torch.cat([conv(x, f"{m}.branch3x3", 2), chain(x, (f"{m}.branch3x3dbl_1",), (f"{m}.branch3x3dbl_2", 1, one),
+                                                       (f"{m}.branch3x3dbl_3", 2)), F.max_pool2d(x, 3, 2)], 1)
+    for m in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+        seven = chain(x, (f"{m}.branch7x7_1",), (f"{m}.branch7x7_2", 1, columns), (f"{m}.branch7x7_3", 1, rows))
+        double = chain(x, (f"{m}.branch7x7dbl_1",), (f"{m}.branch7x7dbl_2", 1, rows), (f"{m}.branch7x7dbl_3", 1, columns),
+                       (f"{m}.branch7x7dbl_4", 1, rows), (f"{m}.branch7x7dbl_5", 1, columns))
+        x = torch.cat([conv(x, f"{m}.branch1x1"), seven, double, pooled(x, m)], 1)
+    m = "Mixed_7a"
+    x = torch.cat([chain(x, (f"{m}.branch3x3_1",), (f"{m}.branch3x3_2", 2)),
+                   chain(x, (f"{m}.branch7x7x3_1",), (f"{m}.branch7x7x3_2", 1, columns), (f"{m}.branch7x7x3_3", 1, rows),
+                         (f"{m}.branch7x7x3_4", 2)), F.max_pool2d(x, 3, 2)], 1)
+    for m, kind in (("Mixed_7b", "avg"), ("Mixed_7c", "max")):
+        three = conv(x, f"{m}.branch3x3_1")
+        double = chain(x, (f"{m}.branch3x3dbl_1",), (f"{m}.branch3x3dbl_2", 1, one))
+        x = torch.cat([conv(x, f"{m}.branch1x1"), conv(three, f"{m}.branch3x3_2a", 1, (0, 1)),
+                       conv(three, f"{m}.branch3x3_2b", 1, (1, 0)), conv(double, f"{m}.branch3x3dbl_3a", 1, (0, 1)),
+                       conv(double, f"{m}.branch3x3dbl_3b", 1, (1, 0)), pooled(x, m, kind)], 1)
+    return x.mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def fid_inception():
+    torch.manual_seed(6)
+    inception = fid.Inception().eval().requires_grad_(False)
+    for module in inception.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.uniform_(1, 3)
+            module.bias.uniform_(-0.2, 0.4)
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.3, 1)
+    return inception
+
+
+def test_fid_inception_keys(fid_inception):
+    state = fid_inception.state_dict()
+    assert len(state) == 94 * 6 + 2 and len([name for name in state if name.endswith(".conv.weight")]) == 94
+    shapes = {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Conv2d_4a_3x3.bn.running_mean": (192,),
+              "Mixed_5b.branch1x1.bn.running_mean": (64,), "Mixed_5d.branch_pool.conv.weight": (64, 288, 1, 1),
+              "Mixed_6a.branch3x3.conv.weight": (384, 288, 3, 3), "Mixed_6c.branch7x7dbl_2.conv.weight": (160, 160, 7, 1),
+              "Mixed_6e.branch7x7_2.conv.weight": (192, 192, 1, 7), "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3),
+              "Mixed_7b.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1), "Mixed_7c.branch3x3_2a.bn.num_batches_tracked": (),
+              "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1), "fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+
+
+def test_fid_inception_forward(fid_inception):
+    images = torch.randint(0, 256, (2, 3, 20, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(7))
+    fid_inception.fc.bias.fill_(1e6)  # must not be seen
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    with torch.autocast("cpu", torch.bfloat16):
+        features, logits = fid_inception(images)
+    assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (before[0], "medium")
+    torch.set_float32_matmul_precision(before[1])
+    expected = fid_restated(fid_inception.state_dict(), images)
+    assert features.dtype == logits.dtype == torch.float32 and features.shape == (2, 2048)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(logits, features @ fid_inception.fc.weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_fid_inception_weights_are_found_and_checked(fid_inception, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def no_network(*args, **more):
+        raise OSError("no route")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(BadInput, match="inception-2015-12-05-6726825d.pth into .*checkpoints, or give --inception"):
+        fid.load_inception()
+    cached = tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(fid_inception.state_dict(), cached)
+    loaded = fid.load_inception()
+    assert not loaded.training and torch.equal(loaded.fc.weight, fid_inception.fc.weight)
+    whole = cached.read_bytes()
+    for content in (whole[:len(whole) // 2], b"", b"<html>404</html>"):
+        cached.write_bytes(content)
+        with pytest.raises(BadInput, match="not Inception's weights"):
+            fid.load_inception(cached)
+    for wrong in ({"fc.weight": torch.zeros(1)}, torch.zeros(3), {"a": nn.Linear(1, 1)}):
+        torch.save(wrong, cached)
+        with pytest.raises(BadInput, match="not Inception's weights"):
+            fid.load_inception(cached)
+    with pytest.raises(BadInput, match="not Inception's weights"):
+        fid.load_inception(tmp_path / "nothing.pth")
+
+
+# References
+
+def test_fid_reference_of_others_and_of_ours(fid_small, tmp_path):
+    rng = np.random.default_rng(8)
+    mu, sigma = rng.standard_normal(16), fid_covariance(rng, 16)
+    np.savez_compressed(tmp_path / "adm.npz", mu=mu, sigma=sigma, mu_s=mu, arr_0=np.zeros((2, 4, 4, 3), np.uint8))
+    adm = fid.load_reference(tmp_path / "adm.npz")
+    np.testing.assert_allclose(adm.root @ adm.root.T, sigma, atol=1e-12)
+    assert str(adm) == f"reference {adm.hash} (size unknown, count unknown, crop unknown)"
+    fid.check_size(adm, "256x256")
+    write_statistics(tmp_path / "ours.npz", mu, sigma, size="32x32", count=100, crop="center")
+    ours = fid.load_reference(tmp_path / "ours.npz")
+    assert ours.hash == adm.hash and str(ours).endswith("(size 32x32, count 100, crop center)")
+    with pytest.raises(BadInput, match="32x32 images, those to score are 256x256"):
+        fid.check_size(ours, "256x256")
+    fid.check_size(ours, "256x256", force=True)
+
+
+def fid_npy(array, shape=None, descr=None):
+    """An npy file whose header claims what is asked."""
+    file = io.BytesIO()
+    header = {"shape": shape or array.shape, "fortran_order": False, "descr": descr or array.dtype.str}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + array.tobytes()
+
+
+def fid_zip(path, **members):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in members.items():
+            file.writestr(f"{name}.npy", data)
+    return path
+
+
+def test_fid_hostile_references(fid_small, tmp_path, capsys):
+    path, rng, images = tmp_path / "ref.npz", np.random.default_rng(9), fid_folder(tmp_path / "images")
+    mu, sigma = rng.standard_normal(16), fid_covariance(rng, 16)
+
+    def refused(*words):
+        fid_refused(capsys, ["--images", images, "--ref", path], "ref.npz", *words)
+    refused("No such file")
+    for content in (b"", b"\x00" * 999, b"PK\x03\x04" + b"\xff" * 99):
+        path.write_bytes(content)
+        refused("not a whole npz")
+    np.savez(path, mu=mu, sigma=sigma)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-300])
+    refused("not a whole npz")
+    path.write_bytes(whole[:900] + bytes([whole[900] ^ 1]) + whole[901:])  # the zip's own checksum
+    refused()
+    for arrays, word in ((dict(mu=mu), "sigma"), (dict(mu=mu[:8], sigma=sigma), "expected"), (dict(mu=mu, sigma=mu), "expected"),
+                         (dict(mu=mu * np.nan, sigma=sigma), "not finite"), (dict(mu=mu, sigma=sigma * np.inf), "not finite"),
+                         (dict(mu=mu.astype(complex), sigma=sigma), "expected floats"),
+                         (dict(mu=mu, sigma=sigma + np.triu(sigma)), "no covariance"), (dict(mu=mu, sigma=-sigma), "no covariance"),
+                         (dict(mu=np.array([open] * 16), sigma=sigma), "objects"),
+                         (dict(mu=mu, sigma=sigma, meta="[1]"), "meta"), (dict(mu=mu, sigma=sigma, meta="{"), "npz"),
+                         (dict(mu=mu, sigma=sigma, meta=json.dumps({"size": "\x1b[2J"})), "meta"),
+                         (dict(mu=mu, sigma=sigma, meta=json.dumps({"hash": "0"})), "make the file again")):
+        np.savez(path, **arrays)
+        refused(word)
+    for lie in (dict(shape=(2**40,)), dict(shape=(2**31, 2**31)), dict(shape=(-16,)), dict(descr="<f4"), dict(shape=(17,))):
+        fid_zip(path, mu=fid_npy(mu, **lie), sigma=fid_npy(sigma))
+        refused("does not fit")
+    fid_zip(path, mu=b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 99, sigma=fid_npy(sigma))
+    refused("npy format")
+    for header in (b"no npy", b"\x93NUMPY\x01\x00\x09\x00{'a': ((\n", b"\x93NUMPY\x01\x00\x03\x00 \x00\n"):
+        fid_zip(path, mu=header, sigma=fid_npy(sigma))
+        refused()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+        file.writestr("mu.npy", fid_npy(mu))
+    refused("compressed in a way")
+
+
+# Images
+
+def test_fid_folder_npz_and_batches_agree(fid_small, tmp_path, capsys):
+    folder = fid_folder(tmp_path / "images", 40)
+    paths = sorted(folder.rglob("*.png"))
+    array = np.stack([np.asarray(Image.open(p)) for p in paths])
+    np.savez(tmp_path / "plain.npz", arr_0=array)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=array)
+    ref, got = fid_ref(tmp_path / "ref.npz"), []
+    for source in (["--images", folder], ["--npz", tmp_path / "plain.npz"], ["--npz", tmp_path / "packed.npz"]):
+        for batch in (1, 7, 64):
+            assert fid.main([str(a) for a in (*source, "--ref", ref, "--batch", batch)]) == 0
+            out = capsys.readouterr().out
+            assert "not comparable with FID-50K" in out
+            got.append(fid_result(out))
+    features, logits = fid_small(torch.from_numpy(array).permute(0, 3, 1, 2))
+    reference = fid.load_reference(ref)
+    x = features.double().numpy()
+    expected = fid.frechet_distance(x.mean(0), np.cov(x.T), reference.mu, reference.sigma)
+    for distance, score in got:
+        assert distance == pytest.approx(expected, rel=1e-6) and score == pytest.approx(fid_direct_score(logits), rel=1e-6)
+    some = [image.numpy() for image in image_rows(tmp_path / "packed.npz", [3, 4, 39])]
+    np.testing.assert_array_equal(some, array[[3, 4, 39]])
+    assert fid.spread("it", 40, 4) == [0, 10, 20, 30]
+
+
+def test_fid_saves_a_reference_that_it_reads(fid_small, tmp_path, capsys):
+    folder, ref = fid_folder(tmp_path / "images", 40), tmp_path / "ref.npz"
+    assert fid.main(["--images", str(folder), "--save-ref", str(ref), "--size", "6"]) == 0
+    digest = capsys.readouterr().out.split()[1]
+    assert fid.main(["--images", str(folder), "--ref", str(ref), "--size", "6"]) == 0
+    out = capsys.readouterr().out
+    assert f"reference {digest} (size 6x6, count 40, crop center)" in out
+    assert abs(fid_result(out)[0]) < 1e-3
+    fid_refused(capsys, ["--images", folder, "--ref", ref], "6x6", "8x8")
+    assert fid.main(["--images", str(folder), "--ref", str(ref), "--force"]) == 0
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_fid_grey_and_tiny_images(fid_small, tmp_path, capsys):
+    for i in range(12):
+        Image.fromarray(np.full((1, 1), i * 20, np.uint8)).save(tmp_path / f"{i}.png")
+    assert fid.main(["--images", str(tmp_path), "--ref", str(fid_ref(tmp_path / "ref.npz"))]) == 0
+    assert "size 1x1" in capsys.readouterr().out
+    inception = fid.Inception().eval()
+    assert inception(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))[0].isfinite().all()
+
+
+def test_fid_without_the_classifier(fid_small, tmp_path, capsys):
+    fid_small.fc.weight.data.zero_()
+    assert fid.main(["--images", str(fid_folder(tmp_path / "i")), "--ref", str(fid_ref(tmp_path / "ref.npz"))]) == 0
+    assert "IS n/a" in capsys.readouterr().out
+
+
+def test_fid_hostile_images(fid_small, tmp_path, capsys):
+    ref, empty = fid_ref(tmp_path / "ref.npz"), tmp_path / "empty"
+    empty.mkdir()
+    fid_refused(capsys, ["--images", empty, "--ref", ref], "empty: 0 images found, 2 needed")
+    fid_refused(capsys, ["--images", tmp_path / "none", "--ref", ref], "none: 0 images found")
+    folder = fid_folder(tmp_path / "images")
+    fid_refused(capsys, ["--images", folder, "--ref", ref, "--n", 25], "24 images found, 25 needed")
+    fid_refused(capsys, ["--images", folder, "--ref", ref, "--n", 1], "--n")
+    fid_refused(capsys, ["--images", folder], "--ref")
+    fid_refused(capsys, ["--images", folder, "--npz", ref, "--ref", ref], "not allowed with")
+    fid_refused(capsys, ["--ckpt", tmp_path / "x.safetensors", "--save-ref", ref], "--ref")
+    fid_refused(capsys, ["--images", folder, "--save-ref", tmp_path / "no" / "ref.npz"], "folder that exists")
+    Image.new("RGB", (9, 8)).save(folder / "odd.png")
+    fid_refused(capsys, ["--images", folder, "--ref", ref], "odd.png", "--size")
+    (folder / "odd.png").write_bytes((folder / "0" / "000.png").read_bytes()[:60])
+    fid_refused(capsys, ["--images", folder, "--ref", ref], "odd.png: cannot be read")
+    (folder / "odd.png").write_text("no image")
+    fid_refused(capsys, ["--images", folder, "--ref", ref, "--size", 4], "odd.png: cannot be read")
+    npz = tmp_path / "a.npz"
+    for array, word in ((np.zeros((3, 4, 4), np.uint8), "expected uint8"), (np.zeros((3, 4, 4, 3)), "expected uint8"),
+                        (np.zeros((1, 4, 4, 3), np.uint8), "2 needed"), (np.array([open] * 3), "objects")):
+        np.savez(npz, arr_0=array)
+        fid_refused(capsys, ["--npz", npz, "--ref", ref], "a.npz", word)
+    data = np.zeros((3, 4, 4, 3), np.uint8)
+    fid_zip(npz, arr_0=fid_npy(data, shape=(50000, 4000, 4000, 3)))
+    fid_refused(capsys, ["--npz", npz, "--ref", ref], "does not fit")
+    np.savez_compressed(npz, arr_0=np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8))
+    whole = bytearray(npz.read_bytes())
+    whole[5000:5040] = bytes(40)
+    npz.write_bytes(whole)
+    fid_refused(capsys, ["--npz", npz, "--ref", ref], "a.npz")
+    fid_refused(capsys, ["--npz", tmp_path / "none.npz", "--ref", ref], "none.npz")
+
+
+# The sweep
+
+@pytest.fixture
+def fid_network(monkeypatch):
+    torch.manual_seed(10)
+    denoiser = Denoiser(JLT(8, 4, 3, 16, 1, 2, num_classes=3, bottleneck=4)).eval()
+    denoiser.settings = {"vae": {"kind": "pixels", "id": "pixels"}, "step": 7, "cfg": 2.0, "interval": [0.1, 1.0]}
+    nn.init.normal_(denoiser.net.final_layer.linear.weight, std=0.1)
+    monkeypatch.setattr(fid, "load_denoiser", lambda *args: denoiser)
+    return denoiser
+
+
+def test_fid_sweep_continues(fid_small, fid_network, tmp_path, capsys, monkeypatch):
+    drawn = []
+    evaluate = fid.evaluate
+    monkeypatch.setattr(fid, "evaluate", lambda *a, **how: drawn.append((how["cfg"], how["interval"])) or evaluate(*a, **how))
+    table = tmp_path / "fid.csv"
+    command = ["--ckpt", tmp_path / "c.safetensors", "--ref", fid_ref(tmp_path / "ref.npz"), "--n", 12, "--steps", 2,
+               "--cfg", 1, 2, "--interval", "0,1", "0.1,1", "--batch", 5]
+    command = [str(a) for a in command]
+    assert fid.main(command) == 0
+    first = capsys.readouterr().out
+    rows = read_rows(table, fid.COLUMNS)
+    assert [(row["cfg"], row["interval"]) for row in rows] == [("1", "-"), ("2", "0,1"), ("2", "0.1,1")]  # one cell at cfg 1
+    assert len(drawn) == 3 and all(row["nfe"] == "3" and row["step"] == "7" and row["n"] == "12" for row in rows)
+    table.unlink()
+    append_rows(table, fid.COLUMNS, [rows[0], rows[2]])
+    assert fid.main(command) == 0
+    assert drawn[3:] == [(2.0, (0.0, 1.0))]
+    again = read_rows(table, fid.COLUMNS)
+    without = [{name: text for name, text in row.items() if name != "seconds"} for row in (*rows, *again)]
+    assert without[3:] == [without[0], without[2], without[1]]
+    assert [line.split("seconds")[0] for line in capsys.readouterr().out.splitlines()] == [
+        line.split("seconds")[0] for line in first.splitlines()]
+    for more in (["--seed", "1"], ["--t-eps", "0.01"], ["--classes", "2"]):  # other settings are other cells
+        assert fid.main(command + more) == 0
+    assert len(drawn) == 4 + 9
+    with torch.no_grad():
+        next(fid_network.net.parameters()).add_(1)  # and so are other weights
+    assert fid.main(command) == 0
+    assert len(drawn) == 4 + 12
+
+
+def test_fid_evaluate_scores_what_generate_draws(fid_small, fid_network, tmp_path):
+    reference, vae = fid.load_reference(fid_ref(tmp_path / "ref.npz")), fid.open_vae(fid_network.settings)
+    row = fid.evaluate(fid_network, vae, fid_small, reference, 12, 3, 2.0, steps=2, batch=4, classes=[1, 2])
+    images = fid.generate(fid_network, vae, range(12), [1, 2], 3, 2.0, (0.1, 1.0), 2, "heun", "auto")
+    features, logits = fid_small(images)
+    x = features.double().numpy()
+    expected = fid.frechet_distance(x.mean(0), np.cov(x.T), reference.mu, reference.sigma)
+    assert float(row["fid"]) == pytest.approx(expected, rel=1e-3)  # 8-bit values may round otherwise in another batch
+    assert float(row["inception_score"]) == pytest.approx(fid_direct_score(logits), rel=1e-3)
+    assert row.keys() == set(fid.COLUMNS) and row["classes"] == "1 2" and row["reference"] == reference.hash
+
+
+def test_fid_sweep_bad_input(fid_small, fid_network, tmp_path, capsys):
+    ref = fid_ref(tmp_path / "ref.npz", size="32x32")
+    command = ["--ckpt", tmp_path / "c.safetensors", "--n", 12, "--steps", 2, "--ref"]
+    fid_refused(capsys, [*command, ref], "32x32", "8x8")
+    ref = fid_ref(tmp_path / "ref2.npz")
+    fid_refused(capsys, [*command, ref, "--csv", tmp_path / "no" / "fid.csv"], "does not exist")
+    fid_refused(capsys, [*command, ref, "--csv", ref], "table")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    fid_refused(capsys, [*command, ref, "--csv", tmp_path / "other.csv"], "not a table")
+    fid_refused(capsys, [*command, ref, "--classes", "9"], "class '9'")
+    fid_refused(capsys, [*command, ref, "--interval", "1,0"], "LOW,HIGH")
+    fid_refused(capsys, [*command, ref, "--cfg", "nan"], "--cfg")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench/: what has a closed form
+
+class bench_Data:
+    """Gaussian tokens of known covariance, in place of a cache: independent channels of the given variances."""
+
+    def __init__(self, variances, n=400, size=4):
+        self.shape = (len(variances), size, size)
+        noise = torch.randn(n, *self.shape, generator=torch.Generator().manual_seed(0))
+        self.x = noise * torch.tensor(variances).sqrt()[:, None, None] + 0.5
+
+    def __len__(self):
+        return len(self.x)
+
+    def batch(self, indices, flip=False):
+        return self.x[torch.as_tensor(np.asarray(indices))], torch.zeros(len(indices), dtype=torch.int64)
+
+
+def test_bench_tokens_and_spectrum_of_a_known_gaussian():
+    data = bench_Data([4.0, 1.0, 0.25, 0.0])
+    mean, covariance = spectrum.token_statistics(data, 1, 10_000)
+    every = data.x.permute(0, 2, 3, 1).reshape(-1, 4).double()  # a second way: all tokens at once
+    torch.testing.assert_close(mean, every.mean(0))
+    torch.testing.assert_close(covariance, every.T.cov(correction=0))
+    l, vectors = spectrum.spectrum(covariance)
+    torch.testing.assert_close(l, torch.tensor([4.0, 1.0, 0.25, 0.0], dtype=torch.float64), rtol=0.05, atol=1e-9)
+    torch.testing.assert_close(vectors @ torch.diag(l) @ vectors.T, covariance)
+    assert spectrum.effective_dimension(torch.ones(7)) == 7 and spectrum.effective_dimension(torch.eye(7)[0]) == 1
+    # Patches: same numbers, cut as a convolution of that stride cuts them
+    x = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
+    cut = torch.nn.functional.unfold(x, 2, stride=2)                                        # (B, C*p*p, tokens)
+    ours = spectrum.tokens(x, 2).unflatten(1, (2, 2, 3)).permute(0, 3, 1, 2).flatten(1)  # to channel, row, column
+    torch.testing.assert_close(ours.float(), cut.transpose(1, 2).flatten(0, 1))
+    with pytest.raises(BadInput):
+        spectrum.token_statistics(data, 3, 10)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.3, 0.8])
+def test_bench_gaussian_theory_agrees_with_monte_carlo(t):
+    l = torch.tensor([5.0, 1.0, 0.1, 0.0], dtype=torch.float64)
+    torch.manual_seed(0)
+    x, e = torch.randn(400_000, 4, dtype=torch.float64) * l.sqrt(), torch.randn(400_000, 4, dtype=torch.float64)
+    z, table = t * x + (1 - t) * e, spectrum.asks(l, t)
+    for target, values in {"x": x, "v": x - e, "eps": e}.items():
+        slope = (values * z).mean(0) / (z * z).mean(0)
+        row = table[target]
+        torch.testing.assert_close(values.var(0), row["variance"], rtol=0.02, atol=1e-9)
+        torch.testing.assert_close(slope, row["coefficient"], rtol=0.02, atol=0.01)
+        torch.testing.assert_close((values - slope * z).var(0), row["ambiguity"], rtol=0.02, atol=1e-9)
+        # the noise of the target (-e in v): its share, and what of it the best prediction tells from z
+        noise = {"x": 0 * e, "v": -e, "eps": e}[target]
+        torch.testing.assert_close(noise.var(0) / row["variance"].clamp(min=1e-9), row["noise"], rtol=0.02, atol=0.01)
+        told = (noise * z).mean(0) / (z * z).mean(0) * z
+        torch.testing.assert_close(told.var(0), row["carried"], rtol=0.02, atol=2e-3)
+    # Var(v | z) = Var(x | z) / (1-t)², Var(e | z) = t² / (1-t)² Var(x | z)
+    torch.testing.assert_close(table["v"]["ambiguity"], table["x"]["ambiguity"] / (1 - t) ** 2)
+    torch.testing.assert_close(table["eps"]["ambiguity"], table["x"]["ambiguity"] * (t / (1 - t)) ** 2)
+
+
+@pytest.mark.parametrize("target", ["x", "eps", "v"])
+def test_bench_geometry_finds_the_bayes_network_on_the_line(target):
+    variances, t = [4.0, 1.0, 0.1], 0.3
+    data = bench_Data(variances, n=600)
+    data.x -= 0.5
+    row = spectrum.asks(torch.tensor(variances, dtype=torch.float64), t)
+
+    class Bayes(torch.nn.Module):
+        patch_size, num_classes = 1, 1
+
+        def __init__(self):
+            super().__init__()
+            self.c = torch.nn.Parameter(row[target]["coefficient"].float()[:, None, None])
+
+        def forward(self, z, t, y):
+            return self.c * z
+
+    found = geometry.measure(Denoiser(Bayes(), target).eval(), data, torch.eye(3, dtype=torch.float64), t, 600)
+    torch.testing.assert_close(found["coefficient"], row[target]["coefficient"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["own"], row[target]["ambiguity"], rtol=0.06, atol=0)
+    torch.testing.assert_close(found["v"], row["v"]["ambiguity"], rtol=0.06, atol=0)
+    assert geometry.grouped(torch.arange(6), 3) == [0.5, 2.5, 4.5]
+
+
+def bench_log(run, rows):
+    run.mkdir()
+    parts = ("", *(f"_t{k}5" for k in range(10)))
+    columns = ["step", "loss", *(f"{name}{part}" for name in ("fit", "val") for part in parts)]
+    with open(run / "log.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, columns, restval="")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def test_bench_curves_read_a_log(tmp_path):
+    bins = {f"fit_t{k}5": k + 1.0 for k in range(10)}
+    bench_log(tmp_path / "run", [{"step": 10, "loss": 3}, {"step": 20, "loss": 2, "fit": 5.5, **bins}])
+    assert curves.read_log(tmp_path / "run") == {20: {(k + 0.5) / 10: k + 1.0 for k in range(10)}}
+    # the mean at training's times: of 1, it is 1; of "t < 0.1", it is the share of such times
+    times = torch.sigmoid(-0.8 + 0.8 * torch.randn(200_000, generator=torch.Generator().manual_seed(0)))
+    flat = {(k + 0.5) / 10: 1.0 for k in range(10)}
+    assert math.isclose(curves.at_training_times(flat), 1)
+    rising = {t: t for t in flat}
+    wanted = ((times * 10).long() / 10 + 0.05).mean().item()
+    assert curves.at_training_times(rising) == pytest.approx(wanted, abs=2e-3)
+    for folder, column in (("run", "val"), ("nowhere", "fit")):
+        with pytest.raises(BadInput):
+            curves.read_log(tmp_path / folder, column)
+    assert curves.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "c.png")]) == 2
+    assert curves.main([str(tmp_path / "run"), "--out", str(tmp_path / "no" / "c.png")]) == 2
+
+
+def test_bench_nine_makes_a_table(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def train_main(argv):
+        asked.append(argv)
+        out = argv[argv.index("--out") + 1]
+        bench_log(nine.pathlib.Path(out), [{"step": 8, "fit": 2.0, **{f"fit_t{k}5": 2.0 for k in range(10)}}])
+        return 0
+
+    monkeypatch.setattr(nine.train, "main", train_main)
+    assert nine.main(["cache", "--out", str(tmp_path), "--steps", "8", "--val", "other"]) == 0
+    assert len(asked) == 11 and len({tuple(argv) for argv in asked}) == 11
+    assert all(argv[-2:] == ["--val", "other"] for argv in asked)
+    assert [argv[1:7:2] for argv in asked[-2:]] == [["v", "v", "1"], ["x", "x", "1"]]  # the second seeds
+    table = capsys.readouterr().out
+    assert "| predicts | loss in | seed | step | fit | fit, even t |" in table
+    assert "| eps | x | 0 | 8 | 2 | 2 |" in table
+    monkeypatch.setattr(nine.train, "main", lambda argv: 143)
+    assert nine.main(["cache", "--out", str(tmp_path)]) == 143  # stopped: so is this
+
+
+def test_bench_guidance_lines(tmp_path):
+    columns = guidance.fid.COLUMNS
+    path = tmp_path / "run" / "fid.csv"
+    path.parent.mkdir()
+    cells = [("1", "-", 9), ("3", "0.1,1", 5), ("2", "0.1,1", 4), ("2", "0,1", 6)]
+    alike = dict.fromkeys(columns, "") | {"target": "x", "n": "50", "reference": "r"}
+    rows = [alike | {"cfg": cfg, "interval": times, "fid": str(score)} for cfg, times, score in cells]
+    guidance_table(path, columns, rows)
+    lines, n = guidance.read_lines([path])
+    assert n == "50" and lines == {"interval 0.1,1": ("x", [(1.0, 9.0), (2.0, 4.0), (3.0, 5.0)]),
+                                   "interval 0,1": ("x", [(1.0, 9.0), (2.0, 6.0)])}
+    rows[0]["n"] = "60"
+    guidance_table(path, columns, rows)
+    with pytest.raises(BadInput):
+        guidance.read_lines([path])
+
+
+def guidance_table(path, columns, rows):
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(rows)
+
+
+def test_bench_progress_puts_rows_where_their_steps_are():
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)[None, :, None, None].expand(2, 3, 32, 32)
+    sheet = progress.side_by_side({"a": {10: red, 20: red}, "b": {20: red}}, [10, 20], 2, ["0", "1"])
+    pixels = np.array(sheet).astype(int)
+    is_red = (pixels == [255, 0, 0]).all(-1)
+    middle = (sheet.width + progress.MARGIN) // 2
+    left, right = is_red[:, :middle], is_red[:, middle:]
+    assert left.sum() == 2 * right.sum() == 4 * 96 * 96  # 32-pixel images are shown three times as large
+    assert not right[:sheet.height // 2].any()            # b has no step 10
+
+
+def test_bench_reader_of_digits_and_its_distance():
+    images, labels = digits.drawn(2, seed=5)
+    assert images.shape == (20, 3, 32, 32) and labels.tolist() == sorted(list(range(10)) * 2)
+    assert not torch.equal(images, digits.drawn(2, seed=6)[0])
+    features = torch.randn(100, 3)
+    mean, covariance = digits.statistics(features)
+    np.testing.assert_allclose(covariance, np.cov(features.numpy().astype(np.float64).T))
+    np.testing.assert_allclose(mean, features.numpy().astype(np.float64).mean(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The house
+
+def test_line_budget_and_layout():
+    for name in ("model", "train", "sample", "vae", "fid"):
+        assert len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 350, name
+    assert len((ROOT / "lib/run.py").read_text(encoding="utf-8").splitlines()) <= 120
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/*.py"), *ROOT.glob("bench/*.py")]:
+        for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert len(text) <= 120, f"{path.name}:{line}"
+
+
+def test_imports_run_one_way():
+    above = {"model": set(), "vae": set(), "sample": {"model", "vae"}, "fid": {"model", "vae", "sample"},
+             "train": {"model", "vae", "sample", "fid"}}
+    for name, allowed in above.items():
+        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        imported = set(re.findall(r"^\s*(?:import|from) (model|vae|sample|fid|train)\b", source, re.M))
+        assert imported <= allowed | ({"model"} if name == "vae" else set()), name
+    for path in ROOT.glob("lib/*.py"):
+        assert not re.search(r"^\s*(import|from) (model|vae|sample|fid|train)\b", path.read_text(encoding="utf-8"), re.M), path
+
+
+def test_readme_names_only_flags_that_exist(capsys):
+    known = {}
+    for name, program in {"train.py": train, "sample.py": sample, "vae.py": vae, "fid.py": fid}.items():
+        with pytest.raises(SystemExit) as done:
+            program.main(["--help"])
+        assert done.value.code == 0
+        known[name] = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in re.findall(r"^.*python.*$|^.*torchrun.*$", text, re.M):
+        for part in re.split(r"&&|`|;", line):
+            name = re.search(r"(?:python|torchrun)\b.*?\b((?:train|sample|vae|fid)\.py)(.*)", part)
+            if name:
+                for flag in re.findall(r"(?<!\S)(--[a-z][a-z0-9-]*)", name.group(2)):
+                    assert flag in known[name.group(1)], f"{name.group(1)} {flag}: {line}"
+
+
+def test_readme_counts_lines_as_they_are():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("model", "train", "sample", "vae", "fid"):
+        said = re.search(rf"`{name}\.py`[^\n]*?(\d+) lines", text)
+        assert said and int(said.group(1)) == len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()), name
+
+
+def test_models_import_nothing_heavy():
+    """Help and imports stay quick: diffusers, transformers and matplotlib are loaded only where they are used."""
+    code = "import sys, train, fid\nprint([m for m in ('diffusers', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -6,14 +6,13 @@
 
 Three rules shape this file. (1) What a run trains on follows from its settings and seed alone: image number p of the
 endless stream, its time, noise, mirroring and hidden label are functions of (seed, step, place in the global batch), so
-neither the number of GPUs, nor the micro-batch, nor an interruption changes them. (2) Everything that a run will need is
-opened before step 0. (3) The hot loop never waits for the GPU: numbers are read back only where a line is logged.
+neither the number of GPUs, nor the micro-batch, nor an interruption changes them. (2) Everything that a run will need
+is opened before step 0. (3) The hot loop never waits for the GPU: numbers are read back only where a line is logged.
 """
 import contextlib
 import copy
 import functools
 import importlib.util
-import os
 import pathlib
 import shutil
 import sys
@@ -30,8 +29,8 @@ from lib.digits import draw_digits
 from lib.flags import Parser, number
 from lib.log import Log, loss_by_time, peak_memory, picture_grid
 from lib.prefetch import prefetched
-from lib.run import BadInput, RunFailed, StopSignal, join_ranks, lock_folder, pick_device, program, rank, say
-from lib.run import watched, world_size
+from lib.run import (BadInput, RunFailed, StopSignal, join_ranks, lock_folder, pick_device, program, rank, say,
+                     world_size)
 from model import JLT, SIZES, TARGETS, Denoiser
 from sample import generate, load_init, meet, open_vae, pick_classes, use_bf16
 
@@ -41,12 +40,13 @@ PRESETS = {  # what --demo changes; every flag given beside it wins
     "demo": dict(latents="data/demo-pixels", model="T", patch=8, steps=1800, batch=64, lr=2e-3, warmup=1,
                  decay=0.3, ema=[0.99], cfg=1.5, log_every=100, sample_every=600, save_every=600),
 }
-CLIP = 1.0  # gradient norm; the paper does not say (its release added it after publication)
+CLIP = 1.0  # of the gradient's norm; not in the paper (its release added it after publication)
 PATIENCE = 5  # steps in a row that may be skipped for a gradient that is not finite
 NOISE_BLOCK = 16  # noise is drawn in fixed blocks of positions of the global batch
 COLUMNS = ["step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb", "skipped",  # of log.csv
            *(f"{name}{part}" for name in ("fit", "val") for part in ("", *(f"_t{k}5" for k in range(10)))),
            "fid", "inception_score", "fid_n"]
+SHOWN = [name for name in COLUMNS[1:] if "_t" not in name]  # in the line on the screen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,13 +58,13 @@ def shuffled(seed, epoch, n):
 
 
 def stream(seed, positions, n):
-    """Indices of the images at these positions of the endless stream: every image once an epoch, each epoch reshuffled."""
+    """Indices of the images at these positions of the endless stream: each image once an epoch, in a new order."""
     epochs, places = positions // n, positions % n
     return np.concatenate([shuffled(seed, int(epoch), n)[places[epochs == epoch]] for epoch in np.unique(epochs)])
 
 
 def draws(seed, step, batch):
-    """(normals for the times, uniforms for hidden labels, uniforms for mirroring), each (batch,): a whole global batch."""
+    """(normals for times, uniforms for hiding labels, uniforms for mirroring), each (batch,), of a global batch."""
     rng = np.random.default_rng([seed, 1, step])
     return rng.standard_normal(batch, dtype=np.float32), rng.random(batch), rng.random(batch)
 
@@ -103,7 +103,7 @@ def update_ema(ema, net, decay):
 
 
 def draw_grid(out, step, denoiser, emas, decays, vae, data, cfg, precision):
-    """Pictures from fixed noise, two a class, by the EMA once it is old enough to mean something, else by the network."""
+    """Pictures from fixed noise, two a class, by the EMA once it is old enough to mean something, else the network."""
     old = step * (1 - decays[0]) >= 3
     classes = pick_classes(None, None, data.num_classes)[:8]
     images = generate(emas[0] if old else denoiser, vae, range(2 * len(classes)), classes, cfg=cfg, precision=precision)
@@ -138,9 +138,9 @@ def parse(argv):
     how.add_argument("--micro", type=number(int, 1), help="most images a forward pass (default: 256 on CUDA, else 64)")
     how.add_argument("--lr", type=number(float, 0), help="learning rate (default: 5e-5 * batch/256, except --demo)")
     how.add_argument("--warmup", type=number(float, 0), help="linear warm-up, in epochs")
-    how.add_argument("--decay", type=number(float, 0, 1), help="share of the run over which the lr falls to 0 at the end")
+    how.add_argument("--decay", type=number(float, 0, 1), help="share of the run, its last, in which the lr falls to 0")
     how.add_argument("--ema", type=number(float, 0, 1), nargs="+", help="decay of one or two averages of the weights")
-    how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA, else fp32")
+    how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
     how.add_argument("--seed", type=number(int, 0), default=0, help="of initial weights, data order, times, noise")
     how.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     when = parser.add_argument_group("once in a while (in steps, 0 = never)")
@@ -151,14 +151,13 @@ def parse(argv):
     when.add_argument("--eval-every", type=number(int, 0), default=0, help="FID against --ref")
     when.add_argument("--ref", type=pathlib.Path, help="reference statistics, npz")
     when.add_argument("--eval-n", type=number(int, 2), default=10_000, help="images scored each time")
-    when.add_argument("--inception", type=pathlib.Path, help="weights of the FID network (default: torch's cache, or downloaded)")
+    when.add_argument("--inception", type=pathlib.Path, help="the FID network (default: torch's cache, or download)")
     parser.set_defaults(**{name: value for name, value in PRESETS[preset].items() if name != "cfg"})
     args = parser.parse_args(argv)
-    args.latents = pathlib.Path(args.latents)
     if len(args.ema) > 2:
         raise BadInput(f"--ema {' '.join(map(str, args.ema))}: at most two")
     if args.eval_every and not args.ref:
-        raise BadInput("--eval-every needs --ref FILE: statistics to compare with (python fid.py --images FOLDER --save-ref FILE)")
+        raise BadInput("--eval-every needs --ref FILE: make one (python fid.py --images FOLDER --save-ref FILE)")
     name = f"{preset}-{args.model}{args.patch}-{args.target}" + f"-{args.loss}loss" * (args.loss != "v")
     args.out = args.out or pathlib.Path("out") / name
     args.lr = args.lr if args.lr is not None else 5e-5 * args.batch / 256
@@ -168,8 +167,7 @@ def parse(argv):
 def make_demo(latents):
     """The demo's data, by the ordinary road: class folders of pictures -> vae.py -> a cache."""
     pictures = latents.with_name("demo-digits")
-    if not pictures.exists():
-        draw_digits(pictures, per_class=500)
+    draw_digits(pictures, per_class=500)
     if codec.main(["--images", str(pictures), "--out", str(latents), "--vae", "pixels", "--size", "32", "--no-flip"]):
         raise BadInput(f"{latents}: the demo's data could not be written: remove {latents} and {pictures}")
 
@@ -185,10 +183,11 @@ def main(argv=None):
     per_rank, most = args.batch // ranks, args.micro or (256 if device.type == "cuda" else 64)
     micro = next(size for size in range(min(per_rank, most), 0, -1) if per_rank % size == 0)
     accumulation = per_rank // micro
-    say(f"{args.model}/{args.patch}, predicts {args.target}, loss in {args.loss}: {args.steps:,} steps of {args.batch} images "
-        f"({accumulation} x {micro} on each of {ranks} x {device.type}, {'bf16' if bf16 else 'fp32'}), lr {args.lr:g}, warm-up "
-        f"{args.warmup:g} epochs, decay {args.decay:g}, AdamW (0.9, 0.95) without weight decay, clip {CLIP}, EMA "
-        f"{' '.join(map(str, args.ema))}, P_mean/P_std -0.8/0.8, labels dropped 0.1, seed {args.seed} -> {args.out}")
+    say(f"{args.model}/{args.patch}, predicts {args.target}, loss in {args.loss}: {args.steps:,} steps of {args.batch} "
+        f"images ({accumulation} x {micro} on each of {ranks} x {device.type}, {'bf16' if bf16 else 'fp32'}), "
+        f"lr {args.lr:g}, warm-up {args.warmup:g} epochs, decay {args.decay:g}, AdamW (0.9, 0.95), weight decay 0, "
+        f"clip {CLIP}, EMA {' '.join(map(str, args.ema))}, P_mean/P_std -0.8/0.8, label dropout 0.1, seed {args.seed} "
+        f"-> {args.out}")
     join_ranks()
     if args.demo and args.latents == pathlib.Path(PRESETS["demo"]["latents"]) and rank() == 0:
         make_demo(args.latents)
@@ -212,14 +211,15 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warmup = round(args.warmup * len(data) / args.batch)
     parameters = sum(p.numel() for p in weights)
-    say(f"{args.latents}: {len(data):,} images of {data.num_classes} classes, latents {channels}x{grid}x{grid}; network of "
-        f"{parameters / 1e6:.1f} M parameters; warm-up {warmup} steps; {args.steps * args.batch / len(data):.1f} epochs")
+    disk = 4 * parameters * (3 * (3 + len(emas)) + len(emas))  # fp32: three of network, 2 x Adam, EMA; then an export
+    say(f"{args.latents}: {len(data):,} images of {data.num_classes} classes, latents {channels}x{grid}x{grid}; "
+        f"{parameters / 1e6:.1f} M parameters; warm-up {warmup} steps of {args.steps:,}")
     settings = dict(
         model=args.model, patch=args.patch, target=args.target, loss=args.loss, data=data.fingerprint, steps=args.steps,
         batch=args.batch, lr=args.lr, warmup=args.warmup, decay=args.decay, ema=args.ema, seed=args.seed,
         precision="bf16" if bf16 else "fp32", P_mean=denoiser.P_mean, P_std=denoiser.P_std, t_eps=denoiser.t_eps,
         label_drop=denoiser.label_drop, input_size=grid)
-    look = dict(vae=data.vae, hint=data.hint, size=data.size, class_names=data.class_names, cfg=cfg, interval=[0.1, 1.0])
+    look = dict(vae=data.vae, hint=data.hint, size=data.size, class_names=data.class_names, cfg=cfg, interval=(0.1, 1))
     args.out.mkdir(parents=True, exist_ok=True)
     lock = rank() == 0 and lock_folder(args.out)  # noqa: F841 (held until main returns)
     tensors, saved = resume_point(args.out)
@@ -229,12 +229,12 @@ def main(argv=None):
         restore(tensors, net, averages, optimizer)
         step, skipped = saved["step"], saved["skipped"]
         say(f"continues {args.out} at step {step}" if step < args.steps else f"{args.out} is finished: {step} steps")
-    elif shutil.disk_usage(args.out).free < parameters * 4 * (3 * (3 + len(emas)) + len(emas)):
-        raise BadInput(f"{args.out}: three checkpoints and an export need {parameters * 4 * 16 / 1e9:.1f} GB of free disk")
+    elif shutil.disk_usage(args.out).free < disk:
+        raise BadInput(f"{args.out}: three checkpoints and an export need {disk / 1e9:.1f} GB of free disk")
     if step >= args.steps:
         return 0
     if any(args.steps * (1 - decay) < 3 for decay in args.ema):
-        say(f"warning: {args.steps} steps are few for an EMA of {max(args.ema)}: sample with --weights model, or lower --ema")
+        say(f"warning: {args.steps} steps are few for an EMA of {max(args.ema)}: lower --ema or sample --weights model")
     vae = None
     if args.eval_every or args.sample_every and rank() == 0:
         try:
@@ -245,13 +245,12 @@ def main(argv=None):
             say(f"no pictures: {error}")
     if args.eval_every:
         import fid
-        reference, inception = fid.load_reference(args.ref, device), fid.load_inception(args.inception, device)
+        reference, inception = fid.load_reference(args.ref), fid.load_inception(args.inception, device)
         fid.check_size(reference, "x".join([str(grid * vae.stride)] * 2))
-    if device.type == "cuda" and not args.no_compile:
-        if importlib.util.find_spec("triton"):
-            net.compile()  # in place: the state dict keeps its names
-        else:
-            say("without torch.compile: Triton is not installed")
+    if device.type == "cuda" and not args.no_compile and importlib.util.find_spec("triton"):
+        net.compile()  # in place: the state dict keeps its names
+    elif device.type == "cuda":
+        say("without torch.compile")
     model = denoiser
     if ranks > 1:
         model = DistributedDataParallel(denoiser, device_ids=[device.index] if device.type == "cuda" else None)
@@ -261,7 +260,7 @@ def main(argv=None):
     jobs = ((s, first + k * micro + np.arange(micro)) for s in range(start, args.steps) for k in range(accumulation))
     batches = prefetched(lambda job: read_micro(data, args.seed, job[0], args.batch, job[1], denoiser.label_drop), jobs)
     log = rank() == 0 and Log(args.out / "log.csv", COLUMNS, start)
-    bar = tqdm(total=args.steps, initial=start, unit="step", disable=not watched())
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank() > 0 or None)  # None: only for a terminal
     skipped, in_a_row = torch.tensor(float(skipped), device=device), torch.zeros((), device=device)
     stop, stopping, flag, pending = StopSignal(), 0, None, None
     clock, waited, since = time.perf_counter(), 0.0, start
@@ -310,12 +309,12 @@ def main(argv=None):
             if ranks > 1:
                 dist.all_reduce(loss)
             seconds = time.perf_counter() - clock
+            speed, waited = (step - since) * args.batch / seconds, waited / seconds
             row = dict(step=step, loss=loss.item() / ranks, lr=lr, grad_norm=norm.item(), skipped=int(skipped),
-                       images_per_s=round((step - since) * args.batch / seconds, 2), data_wait=round(waited / seconds, 4),
-                       memory_gb=round(peak_memory(device), 2))
+                       images_per_s=round(speed, 2), data_wait=round(waited, 4), memory_gb=peak_memory(device))
             if in_a_row >= PATIENCE:
                 raise RunFailed(f"step {step}: the loss or its gradient was not finite {int(in_a_row)} times in a row; "
-                                f"the last good checkpoint is in {args.out}: go on from it with a lower --lr in another --out")
+                                f"the last good checkpoint is in {args.out}: --init from it, with a lower --lr")
         if due(args.sample_every) and rank() == 0:
             for name, cache in {"fit": data, "val": val}.items():
                 if cache:
@@ -329,7 +328,7 @@ def main(argv=None):
             row |= {"inception_score": float(score["inception_score"])} if score["inception_score"] != "n/a" else {}
         if row and rank() == 0:
             log.append(row)
-            bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items() if "_t" not in name))
+            bar.write(f"step {step}" + "".join(f", {name} {value:.4g}" for name, value in row.items() if name in SHOWN))
         if rank() == 0 and (due(args.save_every) or due(args.keep_every) or stopping):
             now = settings | look | dict(step=step, skipped=int(skipped))
             if due(args.keep_every):
@@ -341,7 +340,6 @@ def main(argv=None):
         if row or due(args.save_every):
             clock, waited, since = time.perf_counter(), 0.0, step
 
-    bar.close()
     if stopping and step < args.steps:
         say(f"stopped by a signal at step {step}, saved in {args.out}; the same command continues")
         return 128 + stopping

@@ -8,8 +8,8 @@ predicts and whatever its loss, train.py measures this error in v space, on the 
 where the runs had --val.
 
 Left: its mean by training step. Times count as often as training draws them (t = sigmoid(n), n ~ N(-0.8, 0.8²)), which
-is the paper's loss. Under times spread evenly, as in the column `fit` of log.csv, the last moments would decide it all:
-an error of x counts 1/(1-t)² and one of eps 1/t², up to 400 times, at times that training hardly ever visits.
+is the paper's loss and the column `fit` of log.csv. Under times spread evenly the last moments would decide it all: an
+error of x counts 1/(1-t)² and one of eps 1/t², up to 400 times, at times that training hardly ever visits.
 """
 import csv
 import math

@@ -36,6 +36,7 @@ COLUMNS = ("ckpt", "target", "weights", "step", "cfg", "steps", "seed", "n", "re
 def drawn(per_class, seed):
     """Drawn digits, uint8 (10 * per_class, 3, 32, 32), and their labels: the demo's data, from another seed."""
     with tempfile.TemporaryDirectory() as folder:
+        folder = f"{folder}/digits"
         draw_digits(folder, per_class, seed)
         _, items = list_images(folder)
         images = [image_tensor(open_image(f"{folder}/{path}")) for path, _ in items]

@@ -24,7 +24,7 @@ from bench.curves import at_training_times, read_log
 from lib.flags import Parser, number
 from lib.run import BadInput, program, say
 from lib.table import read_rows
-from model import SIZES, TARGETS
+from model import SIZES
 
 # Those of the paper's loss first: they are what one wants to see should time run out.
 PAIRS = [f"{target}:{loss}" for loss in ("v", "x", "eps") for target in ("x", "v", "eps")]

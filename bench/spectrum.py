@@ -126,7 +126,7 @@ def main(argv=None):
     columns = [(what, target) for what in LONG for target in table]
     columns += [("noise", "v"), ("carried", "v")]
     rows, line = [table[target][what] for what, target in columns], "{:<12}" + "{:>9}" * len(columns)
-    heads = ("" if what in LONG and target != "x" else what.replace("coefficient", "coeff.") for what, target in columns)
+    heads = ("" if what in LONG and target != "x" else what.replace("icient", ".") for what, target in columns)
     say(line.format(f"t = {args.t:g}", *heads))
     say(line.format("direction", *(target for _, target in columns)))
     for share in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1):

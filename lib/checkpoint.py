@@ -1,5 +1,5 @@
-"""Checkpoint files: safetensors, which hold no code. Tensors `model.*`, `ema.*`, `ema2.*` and `optimizer.*`; all else that
-belongs to a run is JSON, sorted, under one key of the header. Files of the paper's release are read as well."""
+"""Checkpoint files: safetensors, which hold no code. Tensors `model.*`, `ema.*`, `ema2.*` and `optimizer.*`; all else
+that belongs to a run is JSON, sorted, under one key of the header. Files of the paper's release are read as well."""
 import argparse
 import json
 import os
@@ -26,8 +26,8 @@ def save_checkpoint(path, tensors, settings, keep=None):
 
 
 def read_checkpoint(path, skip="nothing"):
-    """(tensors, settings) of a safetensors file; settings are None where it is not ours. Tensors of the group `skip` are
-    left out; the others are mapped into memory, not copied. Raises BadInput where the file is not whole."""
+    """(tensors, settings) of a safetensors file; settings are None where it is not ours. Tensors of the group `skip`
+    are left out. Raises BadInput where the file is not whole."""
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {}).get("nanojlt", "null"))
@@ -37,7 +37,7 @@ def read_checkpoint(path, skip="nothing"):
 
 
 def read_weights(path):
-    """({"model": {name: tensor}, "ema": {...}, ...}, settings) of any file this project reads: a checkpoint or an export
+    """({"model": {name: tensor}, "ema": {...}, ...}, settings) of any file this project reads: a checkpoint or export
     of ours, the release's `checkpoint-last.pth`, or a plain state dict, whose one set counts as model and EMA alike.
     Only tensors and the release's argparse.Namespace are unpickled: a file from anywhere cannot run code here."""
     data, settings, said = {}, None, {}
@@ -67,7 +67,7 @@ def read_weights(path):
 
 
 def tensors_of(net, emas, optimizer=None):
-    """What is saved: with an optimizer, everything that the run needs to continue; without, the averages people share."""
+    """What is saved: with an optimizer, all that the run needs to continue; without, the averages that people share."""
     modules = {"model": net if optimizer else None, **dict(zip(("ema", "ema2"), emas))}
     tensors = {f"{group}.{name}": value for group, module in modules.items() if module
                for name, value in module.state_dict().items()}
@@ -79,7 +79,8 @@ def restore(tensors, net, emas, optimizer):
     """Put the tensors of a checkpoint back where they came from."""
     try:
         for group, module in {"model": net, **dict(zip(("ema", "ema2"), emas))}.items():
-            module.load_state_dict({n.removeprefix(f"{group}."): v for n, v in tensors.items() if n.startswith(f"{group}.")})
+            mine = (name for name in tensors if name.startswith(f"{group}."))
+            module.load_state_dict({name.removeprefix(f"{group}."): tensors[name] for name in mine})
         for name, p in net.named_parameters():
             optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"].to(p.device, copy=True)
                                   for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -115,4 +116,4 @@ def check_same_run(out, saved, now):
     different = [f"{name} ({saved.get(name)} there, {value} here)" for name, value in now.items()
                  if saved.get(name) != value and (name != "steps" or falling)]
     if different:
-        raise BadInput(f"{out} holds a run with another {', '.join(different)}: choose another --out, or the same settings")
+        raise BadInput(f"{out} holds a run with another {', '.join(different)}: take another --out or the same flags")

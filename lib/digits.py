@@ -21,9 +21,11 @@ def upright(digit):
 
 def draw_digits(folder, per_class, seed=0, size=32):
     """Write `per_class` pictures of each digit, turned by up to 12 degrees and shifted by up to 4 of the canvas's 96
-    pixels: size x size, RGB. Which ones is a function of `seed`."""
+    pixels: size x size, RGB. Which ones is a function of `seed`. A folder that is there is left alone."""
     random, folder = np.random.default_rng(seed), pathlib.Path(folder)
-    part = folder.with_name(f"{folder.name}.part")  # renamed once whole: a folder cut short would look like all there is
+    if folder.exists():
+        return
+    part = folder.with_name(f"{folder.name}.part")  # renamed once whole: half a folder would look whole
     for digit in range(10):
         place = part / str(digit)
         place.mkdir(parents=True, exist_ok=True)

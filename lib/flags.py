@@ -9,7 +9,8 @@ class Parser(argparse.ArgumentParser):
     """argparse without its page of usage at every slip; --help shows the defaults."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        style = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=style, allow_abbrev=False)
 
     def error(self, message):
         raise BadInput(f"{message} (see --help)")
@@ -20,7 +21,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more" + f", {high} or less" * (high < math.inf))
+            top = f", {high} or less" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{top}")
         return value
     parse.__name__ = kind.__name__  # argparse names it when `kind` raises a ValueError
     return parse

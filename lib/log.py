@@ -19,7 +19,8 @@ class Log:
         self.path, self.columns, rows = pathlib.Path(path), columns, []
         if self.path.exists():
             with open(self.path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdecimal() and int(row["step"]) <= step]
+                whole = (row for row in csv.DictReader(file) if str(row.get("step")).isdecimal())
+                rows = [row for row in whole if int(row["step"]) <= step]
         with atomic(self.path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
             writer.writeheader()
@@ -32,8 +33,9 @@ class Log:
 
 @torch.inference_mode()
 def loss_by_time(denoiser, data, device, bf16, count=256, bins=10):
-    """(mean, [mean in each of 10 bins of t]) of |v - predicted velocity|² per number, on the first images of a cache at
-    fixed times and noise: the same questions at every step of every run, whatever its target and loss."""
+    """(mean, [mean in each of 10 bins of t]) of |v - predicted velocity|² per number, on a cache's first images at
+    fixed times and noise: the same questions at every step of every run, whatever its target and loss. The mean weighs
+    each bin as training does, by the share of its times that fall there."""
     count = min(count, len(data))
     times = (torch.arange(count) * 0.6180339887) % 1  # the golden ratio spreads times evenly over any run of images
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((count, *data.shape), dtype=np.float32))
@@ -46,17 +48,19 @@ def loss_by_time(denoiser, data, device, bf16, count=256, bins=10):
             v = denoiser.velocity(z, t, y.to(device))
         errors.append((v - (x - e)).square().mean(dim=(1, 2, 3)).cpu())
     errors, place = torch.cat(errors), (times * bins).long()
-    return errors.mean().item(), [errors[place == k].mean().item() for k in range(bins)]
+    by_time = torch.stack([errors[place == k].mean() for k in range(bins)])
+    below = torch.special.ndtr((torch.linspace(0, 1, bins + 1).logit() - denoiser.P_mean) / denoiser.P_std)
+    return torch.nansum(by_time * below.diff()).item(), by_time.tolist()
 
 
 def peak_memory(device):
     """Peak memory in GB: of the GPU, or of this process where there is none (0 on Windows, which does not say)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
     if not importlib.util.find_spec("resource"):
         return 0.0
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)
 
 
 def picture_grid(images, columns, captions=(), title=""):

@@ -25,7 +25,7 @@ def program(main):
         except torch.OutOfMemoryError:
             code, line = 1, "out of GPU memory: halve --micro (train.py) or --batch (the others); results stay the same"
         if line:
-            time.sleep(3 if rank() else 0)  # rank 0 most likely met the same error: torchrun ends us before we repeat it
+            time.sleep(3 if rank() else 0)  # rank 0 met the same, most likely: torchrun ends us before we repeat it
             print("error:", " ".join(line.split()), file=sys.stderr, flush=True)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -56,7 +56,7 @@ def pick_device():
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
-        raise BadInput(f"rank {local} has no GPU of its own ({torch.cuda.device_count()} visible): lower --nproc_per_node")
+        raise BadInput(f"rank {local} has no GPU of its own (of {torch.cuda.device_count()}): lower --nproc_per_node")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
