@@ -24,14 +24,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib.flags import Parser, interval, number
+from lib.flags import Parser, interval, number, sampling_flags
 from lib.inception import CLASSES, FEATURES, Inception, load_inception
 from lib.npz import image_rows, image_shape, read_statistics, write_statistics
 from lib.prefetch import prefetched
 from lib.run import BadInput, atomic, join_ranks, pick_device, program, rank, say, watched, world_size
 from lib.table import append_rows, read_rows
-from model import TARGETS
-from sample import generate, load_denoiser, open_vae, pick_classes, rank_batches, set_floor, use_bf16, warn_if_young
+from sample import (compile_net, generate, load_denoiser, open_vae, pick_classes, rank_batches, set_floor, use_bf16,
+                    warn_if_young)
 from vae import SUFFIXES, center_crop, image_tensor, open_image
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,21 +272,12 @@ def parse(argv):
     how.add_argument("--size", type=number(int, 1, 4096), help="center-crop --images to this many pixels")
     how.add_argument("--force", action="store_true", help="compare images of different sizes")
     how.add_argument("--inception", type=pathlib.Path, help="Inception's weights (default: torch's cache, or download)")
-    how.add_argument("--batch", type=number(int, 1), default=64, help="images at a time and device")
-    draw = parser.add_argument_group("how samples of --ckpt are drawn (default: as it says); lists make a sweep")
+    draw = parser.add_argument_group("what is drawn from --ckpt; lists make a sweep")
     draw.add_argument("--weights", nargs="+", choices=("ema", "ema2", "model"), default=["ema"], help="which weights")
     draw.add_argument("--cfg", nargs="+", type=number(float, 0, 1000), help="guidance scales, 1 = none")
     draw.add_argument("--interval", nargs="+", type=interval, metavar="LOW,HIGH", help="times t that are guided")
-    draw.add_argument("--steps", type=number(int, 1, 100000), default=50, help="ODE steps")
-    draw.add_argument("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
-    draw.add_argument("--t-eps", type=number(float, 0, 1), help="floor of 1-t (or t) in the velocity")
-    draw.add_argument("--seed", type=number(int, 0), default=0, help="image i depends on seed and i alone")
-    draw.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers, taking turns (default: all)")
-    draw.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
-    draw.add_argument("--vae", help="flux2, taef2, pixels, a Hugging Face id or a folder")
-    draw.add_argument("--target", choices=TARGETS, help="for a file that does not say what its network predicts")
-    draw.add_argument("--input-size", type=number(int, 1, 512), help="latent height, for a file that does not say it")
     draw.add_argument("--csv", type=pathlib.Path, help="table of scores (default: fid.csv beside the checkpoint)")
+    sampling_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -324,18 +315,19 @@ def main(argv=None):
     for weights in dict.fromkeys(args.weights):
         denoiser = load_denoiser(args.ckpt, weights, device, args.target, args.input_size)
         settings, net = denoiser.settings, denoiser.net
-        set_floor(denoiser, args.t_eps, args.method)
+        set_floor(denoiser, args.t_eps)
         warn_if_young(settings, weights)
         vae = vae or open_vae(settings, args.vae, device)
         if vae.channels != net.in_channels:
             raise BadInput(f"--vae {vae.kind} has {vae.channels} channels, the network {net.in_channels}")
         check_size(reference, "x".join([str(net.input_size * vae.stride)] * 2), args.force)
         classes = pick_classes(args.classes, settings.get("class_names"), net.num_classes) if args.classes else None
+        if n >= 1000:  # compiling takes a minute or two
+            compile_net(net, device)
         known = read_rows(table, COLUMNS)  # before any rank can have added to it
         append_rows(table, COLUMNS, [])    # fails here, if it has to
-        cells = itertools.product(args.cfg or [settings.get("cfg", 1.0)],
-                                  args.interval or [settings.get("interval", (0.1, 1.0))])
-        for cfg, times in dict.fromkeys((cfg, (0.0, 1.0) if cfg == 1 else tuple(times)) for cfg, times in cells):
+        cells = itertools.product(args.cfg or [settings["cfg"]], args.interval or [settings["interval"]])
+        for cfg, times in dict.fromkeys((cfg, (0.0, 1.0) if cfg == 1 else times) for cfg, times in cells):
             how = dict(n=n, seed=args.seed, cfg=cfg, interval=times, steps=args.steps, method=args.method,
                        precision=args.precision, classes=classes, weights=weights, step=settings.get("step"))
             wanted = describe(denoiser, vae, reference, **how)

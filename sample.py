@@ -2,11 +2,12 @@
 
     python sample.py --cfg 1.5                                     the newest run -> samples.png, a captioned grid
     python sample.py --ckpt checkpoint-last.pth --cfg 2.9          the published weights
-    torchrun --nproc_per_node=8 sample.py --n 50000 --out 50k.npz  ADM's npz for an evaluator; a folder for PNG files
+    torchrun --nproc_per_node=8 -- sample.py --n 50000 --out 50k.npz   for evaluators (ADM); or a folder of PNG files
 
 Top to bottom: integrate dz/dt = velocity(z, t) from t = 0 (noise) to t = 1 (data); what velocity is, with guidance;
 which noise and label image number i gets; how a checkpoint file becomes a denoiser; the program.
 """
+import importlib.util
 import pathlib
 import sys
 import zipfile
@@ -17,10 +18,10 @@ import torch.distributed as dist
 from PIL import Image
 
 from lib.checkpoint import read_weights
-from lib.flags import Parser, interval, number
+from lib.flags import Parser, interval, number, sampling_flags
 from lib.log import picture_grid
 from lib.run import BadInput, atomic, join_ranks, pick_device, program, rank, say, watched, world_size
-from model import JLT, TARGETS, Denoiser, rotary_table
+from model import JLT, Denoiser, rotary_table
 from vae import load_vae, to_uint8
 
 
@@ -95,6 +96,14 @@ def generate(denoiser, vae, indices, classes, seed=0, cfg=1.0, interval=(0.1, 1.
     return to_uint8(vae.decode(z))
 
 
+def compile_net(net, device):
+    """torch.compile on CUDA, where Triton is at hand. In place: the state dict keeps its names."""
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        net.compile()
+    elif device.type == "cuda":
+        say("without torch.compile: Triton is not installed")
+
+
 def use_bf16(precision, device):
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
@@ -105,9 +114,9 @@ def use_bf16(precision, device):
 def build_net(weights, path, input_size):
     """The network that fits these tensors: all sizes but the latent grid's are read off their shapes. Raises BadInput,
     naming the tensor, where one is missing, unknown or of another shape."""
-    weights = {name.removeprefix("module.").removeprefix("net."): tensor for name, tensor in weights.items()}
-    weights.pop("mask_token", None)  # in the release's files; the paper's model does not use it
     try:
+        weights = {name.removeprefix("module.").removeprefix("net."): tensor for name, tensor in weights.items()}
+        weights.pop("mask_token", None)  # in the release's files; the paper's model does not use it
         patch = weights.get("x_embedder.proj1.weight", weights.get("x_embedder.proj.weight"))
         bottleneck = len(patch) if "x_embedder.proj1.weight" in weights else 0
         width, head_dim = len(weights["t_embedder.mlp.2.bias"]), len(weights["blocks.0.attn.q_norm.weight"])
@@ -118,7 +127,7 @@ def build_net(weights, path, input_size):
     except (KeyError, AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise BadInput(f"{path}: not the weights of a JLT ({type(error).__name__}: {error})") from None
     expected = net.state_dict()
-    for name in expected.keys() | weights.keys():
+    for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
             raise BadInput(f"{path}: tensor {name} is {'missing' if name in expected else 'unknown to this network'}")
         if not hasattr(weights[name], "shape") or weights[name].shape != expected[name].shape:
@@ -134,6 +143,7 @@ def load_init(path, net, target):
     start = build_net(sets.get("ema") or sets["model"], path, net.input_size)
     if settings.get("target") not in (None, target):
         raise BadInput(f"--init {path}: that network predicts {settings['target']}: give --target {settings['target']}")
+
     def shapes(net):  # the patch embedding may differ (with or without a bottleneck), and so may the label table
         tensors = {name: tuple(value.shape) for name, value in net.state_dict().items() if name[:2] not in ("x_", "y_")}
         return {"patch size": net.patch_size, "channels": net.in_channels} | tensors
@@ -166,6 +176,10 @@ def load_denoiser(path, weights="ema", device="cpu", target=None, input_size=Non
         known = {"P_mean", "P_std", "t_eps", "label_drop"} & settings.keys()
         denoiser = Denoiser(build_net(sets[weights], path, input_size), target, settings.get("loss", "v"),
                             **{name: float(settings[name]) for name in known})
+        low, high = settings.get("interval", (0.1, 1))
+        settings |= {"cfg": float(settings.get("cfg", 1)), "interval": (float(low), float(high))}
+        if settings.get("class_names") and len(settings["class_names"]) != denoiser.net.num_classes:
+            raise ValueError(f"{len(settings['class_names'])} class names for {denoiser.net.num_classes} classes")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
@@ -220,7 +234,7 @@ def pick_classes(wanted, names, num_classes):
     return ids
 
 
-def set_floor(denoiser, t_eps, method="heun"):
+def set_floor(denoiser, t_eps):
     """Override the floor of the sampler's denominators; None keeps the checkpoint's."""
     if t_eps is not None:
         denoiser.t_eps = t_eps
@@ -251,10 +265,16 @@ def meet():
         dist.all_reduce(torch.zeros(1))
 
 
-def write_folder(folder, batches):
-    """One PNG file an image, 000000.png, 000001.png ..."""
+def write_folder(folder, batches, draw, facts):
+    """One PNG file an image, 000000.png, 000001.png ... Continues what was interrupted; refuses a folder of other images,
+    which its file facts.txt tells apart."""
     folder.mkdir(exist_ok=True)
-    for indices, images in batches:
+    note = folder / "facts.txt"
+    if any(folder.glob("*.png")) and (not note.exists() or note.read_text(encoding="utf-8") != facts):
+        raise BadInput(f"--out {folder}: holds images drawn with other settings (see its facts.txt): take another")
+    note.write_text(facts, encoding="utf-8")
+    missing = [indices for indices in batches if not all((folder / f"{i:06d}.png").exists() for i in indices)]
+    for indices, images in draw(missing):
         for i, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy()):
             with atomic(folder / f"{i:06d}.png") as temporary:
                 Image.fromarray(image).save(temporary, "png")
@@ -262,26 +282,15 @@ def write_folder(folder, batches):
 
 def parse(argv):
     parser = Parser("Draw pictures from a checkpoint.")
-    which = parser.add_argument_group("what is drawn")
-    which.add_argument("--ckpt", type=pathlib.Path, help="checkpoint or published file (default: newest in out/)")
-    which.add_argument("--weights", choices=("ema", "ema2", "model"), default="ema", help="which of its weights")
-    which.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all; in a grid, some)")
-    which.add_argument("--n", type=number(int, 1), help="images in all, classes taking turns (default: 2 a class)")
-    which.add_argument("--seed", type=number(int, 0), default=0, help="image i depends on seed and i alone")
-    which.add_argument("--target", choices=TARGETS, help="for a file that does not say what its network predicts")
-    which.add_argument("--input-size", type=number(int, 1, 512), help="latent height, for a file that does not say it")
-    how = parser.add_argument_group("how")
-    how.add_argument("--cfg", type=number(float, 0, 1000), help="guidance scale, 1 = none (default: the checkpoint's)")
-    how.add_argument("--interval", type=interval, metavar="LOW,HIGH", help="times t guided (default: the checkpoint's)")
-    how.add_argument("--steps", type=number(int, 1, 100000), default=50, help="ODE steps")
-    how.add_argument("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
-    how.add_argument("--t-eps", type=number(float, 0, 1), help="floor of 1-t or t (default: the checkpoint's)")
-    how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
-    how.add_argument("--batch", type=number(int, 1), default=64, help="images at a time and device")
-    where = parser.add_argument_group("where")
-    where.add_argument("--vae", help="flux2, taef2, pixels, a Hugging Face id or a folder (default: the latents')")
-    where.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples.png"),
-                       help="NAME.png: a grid; NAME.npz: ADM's sample file; anything else: a folder of PNG files")
+    what = parser.add_argument_group("what is drawn")
+    what.add_argument("--ckpt", type=pathlib.Path, help="checkpoint or published file (default: newest in out/)")
+    what.add_argument("--weights", choices=("ema", "ema2", "model"), default="ema", help="which of its weights")
+    what.add_argument("--cfg", type=number(float, 0, 1000), help="guidance scale, 1 = none (default: the checkpoint's)")
+    what.add_argument("--interval", type=interval, metavar="LOW,HIGH", help="times guided (default: the checkpoint's)")
+    what.add_argument("--n", type=number(int, 1), help="images in all, classes taking turns (default: 2 a class)")
+    what.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples.png"),
+                      help="NAME.png: a grid; NAME.npz: ADM's sample file; anything else: a folder of PNG files")
+    sampling_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -297,13 +306,13 @@ def main(argv=None):
     vae = open_vae(settings, args.vae, device)
     if vae.channels != denoiser.net.in_channels:
         raise BadInput(f"--vae {vae.kind} has {vae.channels} channels, the network {denoiser.net.in_channels}")
-    cfg = settings.get("cfg", 1.0) if args.cfg is None else args.cfg
-    interval = args.interval or settings.get("interval", (0.1, 1.0))
+    cfg = settings["cfg"] if args.cfg is None else args.cfg
+    interval = args.interval or settings["interval"]
     names, total = settings.get("class_names"), denoiser.net.num_classes
     some = args.classes or (SHOWN if total == 1000 else range(min(total, 10))) if grid else args.classes
     classes = pick_classes(some, names, total)
     n = args.n or 2 * len(classes)
-    if args.out.parent and not args.out.absolute().parent.is_dir():
+    if not args.out.absolute().parent.is_dir():
         raise BadInput(f"--out {args.out}: its folder does not exist")
 
     def draw(batches):
@@ -323,11 +332,13 @@ def main(argv=None):
             picture_grid(images, len(classes), captions, facts).save(temporary, "png")
     elif not grid:
         join_ranks()
-        batches = draw(rank_batches(n, args.batch))
+        if n >= 1000:  # compiling takes a minute or two
+            compile_net(denoiser.net, device)
+        batches = rank_batches(n, args.batch)
         if args.out.suffix == ".npz":
-            write_npz(args.out, n, denoiser.net.input_size * vae.stride, batches)
+            write_npz(args.out, n, denoiser.net.input_size * vae.stride, draw(batches))
         else:
-            write_folder(args.out, batches)
+            write_folder(args.out, batches, draw, f"{facts}, classes {classes}, {denoiser.t_eps=}, {path.name}")
     say(f"{path}: {facts}\n{n} images -> {args.out}")
 
 

@@ -1066,6 +1066,9 @@ def test_sample_program_grid_folder_and_npz_agree(tmp_path, monkeypatch, capsys)
     assert "x-prediction" in capsys.readouterr().out
     assert sample.main([*common, "--out", "folder"]) == 0 and sample.main([*common, "--out", "all.npz"]) == 0
     assert sorted(os.listdir(".")) == ["a.safetensors", "all.npz", "folder", "grid.png"]
+    assert sample.main([*common, "--out", "folder", "--seed", "1"]) == 2 and "other settings" in capsys.readouterr().err
+    os.remove("folder/000004.png")
+    assert sample.main([*common, "--out", "folder"]) == 0
     with np.load("all.npz") as file:  # what the guided-diffusion evaluator asks of a file
         assert file.files == ["arr_0"]
         pixels = file["arr_0"]

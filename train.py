@@ -12,7 +12,6 @@ is opened before step 0. (3) The hot loop never waits for the GPU: numbers are r
 import contextlib
 import copy
 import functools
-import importlib.util
 import pathlib
 import shutil
 import sys
@@ -32,7 +31,7 @@ from lib.prefetch import prefetched
 from lib.run import (BadInput, RunFailed, StopSignal, join_ranks, lock_folder, pick_device, program, rank, say,
                      world_size)
 from model import JLT, SIZES, TARGETS, Denoiser
-from sample import generate, load_init, meet, open_vae, pick_classes, use_bf16
+from sample import compile_net, generate, load_init, meet, open_vae, pick_classes, use_bf16
 
 PRESETS = {  # what --demo changes; every flag given beside it wins
     "imagenet": dict(latents="data/imagenet256-flux2", model="B", patch=1, steps=250_000, batch=1024, lr=None, warmup=5,
@@ -247,10 +246,8 @@ def main(argv=None):
         import fid
         reference, inception = fid.load_reference(args.ref), fid.load_inception(args.inception, device)
         fid.check_size(reference, "x".join([str(grid * vae.stride)] * 2))
-    if device.type == "cuda" and not args.no_compile and importlib.util.find_spec("triton"):
-        net.compile()  # in place: the state dict keeps its names
-    elif device.type == "cuda":
-        say("without torch.compile")
+    if not args.no_compile:
+        compile_net(net, device)
     model = denoiser
     if ranks > 1:
         model = DistributedDataParallel(denoiser, device_ids=[device.index] if device.type == "cuda" else None)

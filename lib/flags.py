@@ -34,3 +34,18 @@ def interval(text):
     if not 0 <= low <= high <= 1:
         raise argparse.ArgumentTypeError(f"{text}: expected LOW,HIGH with 0 <= LOW <= HIGH <= 1")
     return low, high
+
+
+def sampling_flags(parser):
+    """The flags of everything that draws from a checkpoint."""
+    group = parser.add_argument_group("how samples are drawn")
+    group.add_argument("--steps", type=number(int, 1, 100_000), default=50, help="ODE steps")
+    group.add_argument("--method", choices=("heun", "euler"), default="heun", help="ODE solver")
+    group.add_argument("--t-eps", type=number(float, 0, 1), help="floor of 1-t or t (default: the checkpoint's)")
+    group.add_argument("--seed", type=number(int, 0), default=0, help="image i depends on seed and i alone")
+    group.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers, taking turns (default: all)")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
+    group.add_argument("--batch", type=number(int, 1), default=64, help="images at a time and device")
+    group.add_argument("--vae", help="flux2, taef2, pixels, a Hugging Face id or a folder (default: the latents')")
+    group.add_argument("--target", choices=("x", "eps", "v"), help="for a file that does not say what it predicts")
+    group.add_argument("--input-size", type=number(int, 1, 512), help="latent height, for a file that does not say it")
