@@ -13,6 +13,7 @@ Top to bottom: statistics, FID and IS; the reference; images to score; the score
 """
 import hashlib
 import itertools
+import os
 import pathlib
 import sys
 import time
@@ -28,8 +29,9 @@ from lib.flags import Parser, interval, number, sampling_flags
 from lib.inception import CLASSES, FEATURES, Inception, load_inception
 from lib.npz import image_rows, image_shape, read_statistics, write_statistics
 from lib.prefetch import prefetched
-from lib.run import BadInput, atomic, join_ranks, pick_device, program, rank, say, watched, world_size
+from lib.run import BadInput, atomic, meet, pick_device, program, rank, say, world_size
 from lib.table import append_rows, read_rows
+from model import TARGETS
 from sample import (compile_net, generate, load_denoiser, open_vae, pick_classes, rank_batches, set_floor, use_bf16,
                     warn_if_young)
 from vae import SUFFIXES, center_crop, image_tensor, open_image
@@ -192,7 +194,7 @@ def score(batches, n, inception):
     """The Statistics of images 0 ... n-1, all ranks' together, from this rank's batches of them."""
     device = inception.fc.weight.device
     statistics = Statistics(n, device)
-    with tqdm(total=n, unit="image", disable=not watched()) as bar:
+    with tqdm(total=n, unit="image", disable=rank() > 0 or None) as bar:
         for indices, images in batches:
             statistics.update(*inception(images.to(device)), indices)
             bar.update(min(len(indices) * world_size(), n - bar.n))
@@ -277,7 +279,7 @@ def parse(argv):
     draw.add_argument("--cfg", nargs="+", type=number(float, 0, 1000), help="guidance scales, 1 = none")
     draw.add_argument("--interval", nargs="+", type=interval, metavar="LOW,HIGH", help="times t that are guided")
     draw.add_argument("--csv", type=pathlib.Path, help="table of scores (default: fid.csv beside the checkpoint)")
-    sampling_flags(parser)
+    sampling_flags(parser, TARGETS)
     return parser.parse_args(argv)
 
 
@@ -287,9 +289,9 @@ def main(argv=None):
     out = args.save_ref
     if not args.ref and (args.ckpt or not out):
         raise BadInput("nothing to compare with: give --ref FILE; --images or --npz with --save-ref OUT.npz makes one")
-    if out and (args.ckpt or out.suffix != ".npz" or not out.absolute().parent.is_dir()):
-        raise BadInput(f"--save-ref {out}: expected NAME.npz in a folder that exists, beside --images or --npz")
-    join_ranks()
+    if out and (args.ckpt or out.suffix != ".npz" or not os.access(out.absolute().parent, os.W_OK)):
+        raise BadInput(f"--save-ref {out}: expected NAME.npz, in a folder that exists; beside --images or --npz")
+    meet()
     device = pick_device()
     inception = load_inception(args.inception, device)
     if args.ref:
@@ -317,9 +319,7 @@ def main(argv=None):
         settings, net = denoiser.settings, denoiser.net
         set_floor(denoiser, args.t_eps)
         warn_if_young(settings, weights)
-        vae = vae or open_vae(settings, args.vae, device)
-        if vae.channels != net.in_channels:
-            raise BadInput(f"--vae {vae.kind} has {vae.channels} channels, the network {net.in_channels}")
+        vae = vae or open_vae(settings, net.in_channels, args.vae, device)
         check_size(reference, "x".join([str(net.input_size * vae.stride)] * 2), args.force)
         classes = pick_classes(args.classes, settings.get("class_names"), net.num_classes) if args.classes else None
         if n >= 1000:  # compiling takes a minute or two

@@ -10,18 +10,17 @@ which noise and label image number i gets; how a checkpoint file becomes a denoi
 import importlib.util
 import pathlib
 import sys
-import zipfile
+import zlib
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image
 
-from lib.checkpoint import read_weights
+from lib.checkpoint import newest_checkpoint, plain, read_weights
 from lib.flags import Parser, interval, number, sampling_flags
 from lib.log import picture_grid
-from lib.run import BadInput, atomic, join_ranks, pick_device, program, rank, say, watched, world_size
-from model import JLT, Denoiser, rotary_table
+from lib.samples import check_out, write_folder, write_npz
+from lib.run import BadInput, atomic, meet, pick_device, program, rank, say, world_size
+from model import JLT, TARGETS, Denoiser, rotary_table
 from vae import load_vae, to_uint8
 
 
@@ -130,9 +129,10 @@ def build_net(weights, path, input_size):
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
             raise BadInput(f"{path}: tensor {name} is {'missing' if name in expected else 'unknown to this network'}")
-        if not hasattr(weights[name], "shape") or weights[name].shape != expected[name].shape:
+        if not plain(weights[name]) or weights[name].shape != expected[name].shape:
             raise BadInput(f"{path}: tensor {name} does not have the shape {tuple(expected[name].shape)}")
     net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}, assign=True)
+    # The tables are no weights, so they are still without memory:
     net.rotary_cos, net.rotary_sin = rotary_table(input_size // patch.shape[-1], width // net.blocks[0].attn.num_heads)
     return net
 
@@ -167,6 +167,8 @@ def load_denoiser(path, weights="ema", device="cpu", target=None, input_size=Non
     if weights not in sets:
         raise BadInput(f"{path} holds no weights {weights!r}: expected --weights {' or '.join(sorted(sets))}")
     try:
+        if target and settings["target"] not in (None, target):
+            raise BadInput(f"{path}: that network predicts {settings['target']}, not {target}")
         target = target or settings["target"]
         if target is None:
             raise BadInput(f"{path} does not say what its network predicts: give --target x, eps or v")
@@ -180,40 +182,39 @@ def load_denoiser(path, weights="ema", device="cpu", target=None, input_size=Non
         settings |= {"cfg": float(settings.get("cfg", 1)), "interval": (float(low), float(high))}
         if settings.get("class_names") and len(settings["class_names"]) != denoiser.net.num_classes:
             raise ValueError(f"{len(settings['class_names'])} class names for {denoiser.net.num_classes} classes")
+    except BadInput:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
         raise BadInput(f"{path}: settings that make no sense ({error})") from None
     denoiser.settings = settings
     return denoiser.to(device).eval().requires_grad_(False)
 
 
-def newest_checkpoint(weights="ema", folder="out"):
-    """The newest run's file with these weights: the light export where it is enough, else the whole checkpoint."""
-    files = [f for name in ("ema", "last", "previous") for f in pathlib.Path(folder).glob(f"*/{name}.safetensors")]
-    if not files:
-        raise BadInput(f"no checkpoint in {folder}/: train one (python train.py --demo: minutes) or give --ckpt FILE")
-    run = max(files, key=lambda f: f.stat().st_mtime).parent
-    wanted = ("ema", "last", "previous") if weights != "model" else ("last", "previous", "ema")
-    return next(run / f"{name}.safetensors" for name in wanted if run / f"{name}.safetensors" in files)
+def is_young(step, decay):
+    """An average over about 1/(1-decay) steps means little after fewer than three times as many."""
+    return step * (1 - decay) < 3
 
 
 def warn_if_young(settings, weights):
-    """An average over 1/(1-decay) steps means little after fewer than about three times as many."""
     decays, place = settings.get("ema") or [], {"ema": 0, "ema2": 1}.get(weights, 9)
-    if place < len(decays) and settings["step"] * (1 - decays[place]) < 3:
+    if place < len(decays) and is_young(settings["step"], decays[place]):
         say(f"warning: {settings['step']} steps are few for an EMA of {decays[place]}: it still remembers the start; "
             "compare with --weights model")
 
 
-def open_vae(settings, override=None, device="cpu"):
-    """The codec that decodes a checkpoint's latents: the one asked for, else the local one they were made with, where
-    that still exists, else the published one."""
+def open_vae(settings, channels, override=None, device="cpu"):
+    """The codec that decodes a checkpoint's latents, of so many channels: the one asked for, else the local one that
+    made them, where that still exists, else the published one. Raises BadInput."""
     known, hint = settings.get("vae") or {}, settings.get("hint")
     name = override or (hint if hint and pathlib.Path(hint).exists() else None) or known.get("id")
     if not name:
         raise BadInput("the latents do not say which codec made them: give --vae (flux2, taef2, pixels or a folder)")
-    return load_vae(name, device)
+    vae = load_vae(name, device)
+    if vae.channels != channels:
+        raise BadInput(f"--vae {name}: its latents have {vae.channels} channels, the network's {channels}")
+    if not override and vae.id != known.get("id"):
+        say(f"warning: {name} is not the codec that made the latents ({known.get('id')}): colours may be wrong")
+    return vae
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,9 +225,10 @@ SHOWN = (88, 207, 279, 360, 387, 417, 933, 979)  # of ImageNet: macaw, retriever
 
 def pick_classes(wanted, names, num_classes):
     """Class ids of what the user typed, names or numbers; with nothing typed, all classes."""
+    if not wanted:
+        return list(range(num_classes))
     ids = []
-    for text in wanted or range(num_classes):
-        text = str(text)
+    for text in wanted:
         found = names.index(text) if names and text in names else int(text) if text.isdecimal() else -1
         if not 0 <= found < num_classes:
             raise BadInput(f"class {text!r}: expected 0 to {num_classes - 1}" + " or a class name" * bool(names))
@@ -242,44 +244,6 @@ def set_floor(denoiser, t_eps):
         raise BadInput("--t-eps 0 divides by zero for target eps, whose velocity is (z - e)/t, at t = 0: try 1/steps")
 
 
-def write_npz(path, n, size, batches):
-    """ADM's sample file: `arr_0`, uint8 (N, H, W, 3), filled in place by all ranks; nothing is held in memory."""
-    rows = path.with_name(f".tmp-{path.name}.npy")
-    if rank() == 0:
-        np.lib.format.open_memmap(rows, "w+", np.uint8, (n, size, size, 3)).flush()
-    meet()
-    array = np.lib.format.open_memmap(rows, "r+")
-    for indices, images in batches:
-        array[indices.start:indices.stop] = images.permute(0, 2, 3, 1).cpu().numpy()
-    array.flush()
-    meet()
-    if rank() == 0:
-        with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as file:
-            file.write(rows, "arr_0.npy")
-        rows.unlink()
-
-
-def meet():
-    """Wait until all ranks are here."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
-
-
-def write_folder(folder, batches, draw, facts):
-    """One PNG file an image, 000000.png, 000001.png ... Continues what was interrupted; refuses a folder of other images,
-    which its file facts.txt tells apart."""
-    folder.mkdir(exist_ok=True)
-    note = folder / "facts.txt"
-    if any(folder.glob("*.png")) and (not note.exists() or note.read_text(encoding="utf-8") != facts):
-        raise BadInput(f"--out {folder}: holds images drawn with other settings (see its facts.txt): take another")
-    note.write_text(facts, encoding="utf-8")
-    missing = [indices for indices in batches if not all((folder / f"{i:06d}.png").exists() for i in indices)]
-    for indices, images in draw(missing):
-        for i, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy()):
-            with atomic(folder / f"{i:06d}.png") as temporary:
-                Image.fromarray(image).save(temporary, "png")
-
-
 def parse(argv):
     parser = Parser("Draw pictures from a checkpoint.")
     what = parser.add_argument_group("what is drawn")
@@ -290,7 +254,7 @@ def parse(argv):
     what.add_argument("--n", type=number(int, 1), help="images in all, classes taking turns (default: 2 a class)")
     what.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples.png"),
                       help="NAME.png: a grid; NAME.npz: ADM's sample file; anything else: a folder of PNG files")
-    sampling_flags(parser)
+    sampling_flags(parser, TARGETS)
     return parser.parse_args(argv)
 
 
@@ -303,21 +267,19 @@ def main(argv=None):
     set_floor(denoiser, args.t_eps)
     settings, grid = denoiser.settings, args.out.suffix.lower() == ".png"
     warn_if_young(settings, args.weights)
-    vae = open_vae(settings, args.vae, device)
-    if vae.channels != denoiser.net.in_channels:
-        raise BadInput(f"--vae {vae.kind} has {vae.channels} channels, the network {denoiser.net.in_channels}")
+    vae = open_vae(settings, denoiser.net.in_channels, args.vae, device)
     cfg = settings["cfg"] if args.cfg is None else args.cfg
     interval = args.interval or settings["interval"]
     names, total = settings.get("class_names"), denoiser.net.num_classes
-    some = args.classes or (SHOWN if total == 1000 else range(min(total, 10))) if grid else args.classes
-    classes = pick_classes(some, names, total)
+    classes = pick_classes(args.classes, names, total)
+    if grid and not args.classes:  # a column each: some are enough
+        classes = list(SHOWN) if total == 1000 else classes[:10]
     n = args.n or 2 * len(classes)
-    if not args.out.absolute().parent.is_dir():
-        raise BadInput(f"--out {args.out}: its folder does not exist")
+    check_out(args.out)
 
     def draw(batches):
         from tqdm import tqdm
-        with tqdm(total=n // (1 if grid else world_size()), unit="image", disable=not watched()) as bar:
+        with tqdm(total=n // (1 if grid else world_size()), unit="image", disable=rank() > 0 or None) as bar:
             for indices in batches:
                 yield indices, generate(denoiser, vae, indices, classes, args.seed, cfg, interval, args.steps,
                                         args.method, args.precision)
@@ -331,14 +293,16 @@ def main(argv=None):
         with atomic(args.out) as temporary:
             picture_grid(images, len(classes), captions, facts).save(temporary, "png")
     elif not grid:
-        join_ranks()
+        meet()
         if n >= 1000:  # compiling takes a minute or two
             compile_net(denoiser.net, device)
         batches = rank_batches(n, args.batch)
         if args.out.suffix == ".npz":
             write_npz(args.out, n, denoiser.net.input_size * vae.stride, draw(batches))
         else:
-            write_folder(args.out, batches, draw, f"{facts}, classes {classes}, {denoiser.t_eps=}, {path.name}")
+            network = zlib.crc32(denoiser.net.final_layer.linear.weight.cpu().numpy().tobytes())
+            facts += f", floor {denoiser.t_eps}, {args.precision}, codec {vae.id}, network {network:08x}"
+            write_folder(args.out, batches, draw, f"{facts}, classes {classes}")
     say(f"{path}: {facts}\n{n} images -> {args.out}")
 
 

@@ -1454,6 +1454,29 @@ def test_ranks_must_divide_the_batch(monkeypatch, capsys, finished):
     assert train.main(flags(finished[0], "never")) == 2 and "3 ranks do not divide it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("layout", ["release", "lightningdit"])
+def test_foreign_caches_train_as_they_are(tmp_path, capsys, layout):
+    g = torch.Generator().manual_seed(0)
+    cache = tmp_path / "theirs"
+    cache.mkdir()
+    raw = torch.randn(24, 6, 4, 4, generator=g) * 2 + 3
+    labels = torch.arange(24, dtype=torch.int32) % 3
+    normalised = (raw - 3) / 2
+    for k in range(2):
+        part, stored = slice(12 * k, 12 * k + 12), raw if layout == "lightningdit" else normalised.half()
+        save_file({"latents": stored[part].clone(), "latents_flip": stored[part].flip(-1).clone(), "labels": labels[part].clone()},
+                  cache / f"latents_rank{k:02d}_shard000.safetensors")
+    if layout == "lightningdit":
+        torch.save({"mean": torch.full((1, 6, 1, 1), 3.0), "std": torch.full((1, 6, 1, 1), 2.0)}, cache / "latents_stats.pt")
+    x, y = LatentDataset(cache).batch(np.array([13, 2]), np.array([True, False]))
+    torch.testing.assert_close(x.float(), torch.stack([normalised[13].flip(-1), normalised[2]]), atol=5e-3, rtol=1e-3)
+    assert y.tolist() == [1, 2]
+    assert train.main(flags(cache, tmp_path / "run", steps=2)) == 0
+    assert "no pictures" in capsys.readouterr().out
+    assert sample.main(["--ckpt", str(tmp_path / "run/ema.safetensors"), "--out", str(tmp_path / "a.png")]) == 2
+    assert "--vae" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # fid.py: Inception, statistics, references, the sweep
 
@@ -1937,7 +1960,7 @@ def test_fid_sweep_continues(fid_small, fid_network, tmp_path, capsys, monkeypat
 
 
 def test_fid_evaluate_scores_what_generate_draws(fid_small, fid_network, tmp_path):
-    reference, vae = fid.load_reference(fid_ref(tmp_path / "ref.npz")), fid.open_vae(fid_network.settings)
+    reference, vae = fid.load_reference(fid_ref(tmp_path / "ref.npz")), fid.open_vae(fid_network.settings, fid_network.net.in_channels)
     row = fid.evaluate(fid_network, vae, fid_small, reference, 12, 3, 2.0, steps=2, batch=4, classes=[1, 2])
     images = fid.generate(fid_network, vae, range(12), [1, 2], 3, 2.0, (0.1, 1.0), 2, "heun", "auto")
     features, logits = fid_small(images)
@@ -1960,6 +1983,243 @@ def test_fid_sweep_bad_input(fid_small, fid_network, tmp_path, capsys):
     fid_refused(capsys, [*command, ref, "--classes", "9"], "class '9'")
     fid_refused(capsys, [*command, ref, "--interval", "1,0"], "LOW,HIGH")
     fid_refused(capsys, [*command, ref, "--cfg", "nan"], "--cfg")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile input: one line, an exit code, nothing half-written; nothing is run, no memory out of proportion
+
+@pytest.fixture(scope="module")
+def hostile_base(tmp_path_factory):
+    """Pictures, a cache, a run of two steps, a small checkpoint: to be copied and spoiled."""
+    folder = tmp_path_factory.mktemp("hostile")
+    cache = small_cache(folder, n=12)
+    assert train.main(flags(cache, folder / "run", "--sample-every", 0, steps=2)) == 0
+    save_tiny(folder / "a.safetensors")
+    return folder
+
+
+@pytest.fixture
+def hostile(hostile_base, tmp_path, monkeypatch):
+    """In a copy of them."""
+    shutil.copytree(hostile_base, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def hostile_train(*more, out="run"):
+    return flags("cache", out, "--sample-every", 0, "--save-every", 1, *more, steps=4)
+
+
+def hostile_settings(path, **change):
+    tensors, settings = read_checkpoint(path)
+    save_checkpoint(path, tensors, settings | change)
+
+
+def hostile_tensors(change):
+    for name in ("last", "previous"):
+        tensors, settings = read_checkpoint(f"run/{name}.safetensors")
+        change(tensors)
+        save_checkpoint(f"run/{name}.safetensors", tensors, settings)
+
+
+def hostile_run(**change):
+    for name in ("last", "previous"):
+        hostile_settings(f"run/{name}.safetensors", **change)
+
+
+def hostile_pickle(path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("ran",)
+    torch.save({"model": Evil(), "mean": Evil()}, path)
+
+
+def hostile_view(path):
+    """A file of kilobytes whose label table claims to be of terabytes: a view that repeats one row."""
+    state = dict(tiny_net().state_dict())
+    state["y_embedder.embedding_table.weight"] = torch.zeros(1, 64).expand(10**10, 64)
+    torch.save(state, path)
+
+
+def hostile_pack(path):
+    """The same checkpoint with its records compressed, as torch never writes them."""
+    torch.save(tiny_net().state_dict(), "plain.pth")
+    with zipfile.ZipFile("plain.pth") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in plain.infolist():
+            packed.writestr(part.filename, plain.read(part))
+
+
+HOSTILE_TRAIN = {  # what is spoiled: (flags, how, exit code, words)
+    "seed": (["--seed", 10**30], None, 2, "or less"),
+    "steps": (["--steps", "9" * 400], None, 2, "or less"),
+    "digits": (["--steps", "9" * 5000], None, 2, "invalid int"),
+    "batch": (["--batch", 10**13], None, 2, "or less"),
+    "latents a file": (["--latents", "a.safetensors"], None, 2, "no latents at a.safetensors"),
+    "step a text": ([], lambda: hostile_run(step="2"), 2, "damaged"),
+    "step negative": ([], lambda: hostile_run(step=-1), 2, "damaged"),
+    "step a fraction": ([], lambda: hostile_run(step=1e9), 2, "damaged"),
+    "steps a list": ([], lambda: hostile_run(steps=[1]), 2, "damaged"),
+    "skipped nothing": ([], lambda: hostile_run(skipped=None), 2, "damaged"),
+    "a tensor less": ([], lambda: hostile_tensors(lambda t: t.pop("model.blocks.0.norm1.weight")), 2, "blocks.0.norm1.weight"),
+    "a tensor more": ([], lambda: hostile_tensors(lambda t: t.update({"ema.new": torch.ones(1)})), 2, '"new"'),
+    "optimizer's shapes": ([], lambda: hostile_tensors(lambda t: t.update(
+        {name: torch.ones(3) for name in t if name.startswith("optimizer.exp_avg.")})), 2, "optimizer.exp_avg"),
+    "optimizer's types": ([], lambda: hostile_tensors(lambda t: t.update(
+        {name: t[name].long() for name in t if name.startswith("optimizer.exp_avg.")})), 2, "int64"),
+    "an export as last": ([], lambda: [shutil.copy("run/ema.safetensors", f"run/{name}.safetensors")
+                                       for name in ("last", "previous")], 2, "does not fit"),
+    "log bytes": ([], lambda: pathlib.Path("run/log.csv").write_bytes(bytes(range(256))), 2, "not a log"),
+    "log of another kind": ([], lambda: pathlib.Path("run/log.csv").write_text("a,b\n1,2\n"), 2, "not a log"),
+    "log of long fields": ([], lambda: pathlib.Path("run/log.csv").write_text("step,loss\n1," + "9" * 200_000), 2, "not a log"),
+    "log a folder": ([], lambda: (os.remove("run/log.csv"), os.mkdir("run/log.csv")), 2, "not a log"),
+    "out a file": (["--out", "a.safetensors"], None, 2, "cannot be written to"),
+    "out under a file": (["--out", "a.safetensors/run"], None, 2, "cannot be written to"),
+    "out too long": (["--out", "n" * 300], None, 2, "cannot be written to"),
+    "hostile init": (["--init", "evil.pth", "--out", "new"], lambda: hostile_pickle("evil.pth"), 2, "plain tensors"),
+    "init claims too much": (["--init", "view.pth", "--out", "new"], lambda: hostile_view("view.pth"), 2, "embedding_table"),
+    "hostile statistics": (["--out", "new"], lambda: (hostile_foreign(), hostile_pickle("cache/latents_stats.pt")), 2, "mean and std"),
+    "labels below 0": (["--out", "new"], lambda: hostile_foreign(labels=-1), 2, "from -1"),
+    "latents not finite": (["--out", "new"], lambda: hostile_foreign(latents=float("nan")), 2, "not finite"),
+    "file-size limit": (["--out", "new"], lambda: hostile_limit(1 << 20), 1, "cannot save"),
+    "out 250 letters": (["--out", "n" * 250], None, 0, ""),
+    "out no UTF-8": (["--out", os.fsdecode(b"run \xff \xe6\x97\xa5")], None, 0, ""),
+    "log torn": ([], lambda: open("run/log.csv", "a").write("1"), 0, "")}
+
+
+def hostile_foreign(**fill):
+    """The cache as others would write it, some of its tensors filled with one value."""
+    shard, = pathlib.Path("cache").glob("latents*")
+    tensors = load_file(shard)
+    for name, value in fill.items():
+        tensors[name].fill_(value)
+    save_file(tensors, shard)
+
+
+def hostile_limit(size):
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.fixture
+def hostile_no_limit():
+    yield
+    if os.name != "nt":
+        hostile_limit(-1)
+
+
+def hostile_check(capsys, code, wanted, said, before, after):
+    error = capsys.readouterr().err
+    assert code == wanted, error
+    if wanted:
+        assert said in error and error.startswith("error: ") and error.count("\n") == 1, error
+        assert {path.name for path in after - before} <= {".lock", "new", "log.csv", "n" * 250}
+    assert not any(path.name.startswith(".tmp") for path in after) and not os.path.exists("ran")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits and names")
+@pytest.mark.parametrize("case", HOSTILE_TRAIN)
+def test_hostile_training(case, hostile, hostile_no_limit, capsys):
+    more, spoil, wanted, said = HOSTILE_TRAIN[case]
+    if spoil:
+        spoil()
+    before = set(hostile.rglob("*"))
+    capsys.readouterr()
+    hostile_check(capsys, train.main(hostile_train(*more)), wanted, said, before, set(hostile.rglob("*")))
+    if case == "log torn":
+        assert [row[0] for row in log_rows(pathlib.Path("run"))] == ["1", "2", "3", "4"]
+
+
+HOSTILE_SETTINGS = dict(target=["x"], loss="w", P_mean="0", P_std=float("nan"), t_eps=-1, label_drop=[], input_size="8", cfg=1e308,
+                        interval=[float("nan"), 1], class_names=[1, 2, 3, 4, 5], vae=["pixels"], hint=5, step="many", ema="old")
+
+
+@pytest.mark.parametrize("name", HOSTILE_SETTINGS)
+def test_hostile_settings_of_a_checkpoint(name, hostile, capsys):
+    hostile_settings("a.safetensors", **{name: HOSTILE_SETTINGS[name]})
+    before = set(hostile.rglob("*"))
+    code = sample.main(["--ckpt", "a.safetensors", "--steps", "1", "--n", "2"])
+    hostile_check(capsys, code, 2, f"make no sense ({name} ", before, set(hostile.rglob("*")))
+
+
+def hostile_pipe(path):
+    os.mkfifo(path)  # who opens it waits for ever
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits and names")
+@pytest.mark.parametrize("more, spoil, wanted, said", [
+    (["--out", "n" * 300 + ".png"], None, 2, "too long"), (["--out", "cache"], None, 0, ""), (["--out", "d.png"], lambda: os.mkdir("d.png"), 2, "a folder of that name"),
+    (["--out", "f"], lambda: pathlib.Path("f").touch(), 2, "a file of that name"), (["--out", "日本 \x1b[2J.png"], None, 0, ""),
+    (["--out", "n" * 250 + ".npz"], None, 0, ""), (["--out", "f", "--n", "9"], lambda: hostile_limit(100), 1, "too large"),
+    (["--out", "a.npz", "--n", "99"], lambda: hostile_limit(9000), 1, "too large"), (["--out", "a.npz", "--n", str(10**12)], None, 2, "GB needed"),
+    (["--ckpt", "pipe.pth"], lambda: hostile_pipe("pipe.pth"), 2, "no such"), (["--ckpt", "view.pth", "--target", "x"], lambda: hostile_view("view.pth"), 2, "embedding_table"),
+    (["--ckpt", "packed.pth", "--target", "x"], lambda: hostile_pack("packed.pth"), 2, "compressed"), (["--classes", "9" * 5000], None, 2, "class")])
+def test_hostile_sampling(more, spoil, wanted, said, hostile, hostile_no_limit, capsys):
+    if spoil:
+        spoil()
+    before = set(hostile.rglob("*"))
+    command = ["--ckpt", "a.safetensors", "--steps", "1", "--n", "2", *more]
+    after = None
+    code = sample.main(command)
+    after = {path for path in hostile.rglob("*") if path.name not in ("f", "facts.txt")}
+    hostile_check(capsys, code, wanted, said, before, after)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_hostile_pipes_are_not_waited_for(hostile, capsys):
+    hostile_pipe("pictures/class0/pipe.png")
+    hostile_pipe("ref.npz")
+    hostile_pipe("weights.pth")
+    assert vae.main(["--images", "pictures", "--out", "new", "--vae", "pixels", "--size", "8"]) == 0
+    assert "left out, cannot be read: class0/pipe.png" in capsys.readouterr().err and len(LatentDataset("new")) == 12
+    with pytest.raises(BadInput, match="No such file"):
+        fid.load_reference("ref.npz")
+    with pytest.raises(BadInput, match="no such file"):
+        fid.load_inception("weights.pth")
+    os.remove("new/latents_rank00_shard00000.safetensors")
+    hostile_pipe("new/latents_rank00_shard00000.safetensors")
+    with pytest.raises(BadInput, match="no such file"):
+        LatentDataset("new")
+
+
+def test_hostile_mutations_are_read_or_refused(hostile):
+    """300 damaged files of five kinds; /bench of thousands gave the same."""
+    torch.save({"model": {f"{name}": value for name, value in tiny_net().state_dict().items()}}, "b.pth")
+    rng, fine = np.random.default_rng(0), {}
+    write_statistics("ref.npz", rng.standard_normal(16), np.eye(16), size="8x8")
+    np.savez("s.npz", arr_0=rng.integers(0, 256, (4, 8, 8, 3), np.uint8))
+    readers = {"a.safetensors": load_denoiser, "b.pth": lambda path: load_denoiser(path, "model", target="x", input_size=8),
+               "ref.npz": lambda path: lib.npz.read_statistics(path, 16), "s.npz": lambda path: list(image_rows(path, range(4))),
+               "cache": LatentDataset}
+    for name, read in readers.items():
+        path = pathlib.Path(name) if name != "cache" else next(pathlib.Path(name).glob("latents*"))
+        whole, fine[name] = path.read_bytes(), 0
+        read(pathlib.Path(name))
+        for _ in range(60):
+            data = bytearray(whole)
+            for place in rng.integers(0, [600, len(data)][rng.integers(2)], rng.integers(1, 9)):
+                data[place] = rng.integers(256)
+            path.write_bytes(data[:rng.integers(len(data))] if rng.random() < 0.3 else data)
+            try:
+                read(pathlib.Path(name))
+                fine[name] += 1
+            except BadInput as error:
+                assert name in str(error) or str(path) in str(error)
+    assert 0 < sum(fine.values()) < 300
+
+
+def test_hostile_names_are_printed_harmlessly(hostile, capsys):
+    assert sample.main(["--ckpt", "no\x1b[2J\n\udcff.pth"]) == 2
+    error = capsys.readouterr().err
+    assert error.isprintable() or error.rstrip("\n").isprintable() and error.count("\n") == 1
+
+
+def test_log_lines_come_at_once_without_a_terminal(hostile):
+    """A pipe is buffered unless asked otherwise: the lines of a run would show after hours."""
+    code = "import sys, os\nfrom lib.run import program\n@program\ndef main(argv):\n    sys.stdout.write('step\\n')\n    os._exit(3)\nmain()"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (3, "step\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

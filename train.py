@@ -28,10 +28,10 @@ from lib.digits import draw_digits
 from lib.flags import Parser, number
 from lib.log import Log, loss_by_time, peak_memory, picture_grid
 from lib.prefetch import prefetched
-from lib.run import (BadInput, RunFailed, StopSignal, join_ranks, lock_folder, pick_device, program, rank, say,
+from lib.run import (BadInput, RunFailed, StopSignal, lock_folder, meet, pick_device, program, rank, say,
                      world_size)
 from model import JLT, SIZES, TARGETS, Denoiser
-from sample import compile_net, generate, load_init, meet, open_vae, pick_classes, use_bf16
+from sample import compile_net, generate, is_young, load_init, open_vae, pick_classes, use_bf16
 
 PRESETS = {  # what --demo changes; every flag given beside it wins
     "imagenet": dict(latents="data/imagenet256-flux2", model="B", patch=1, steps=250_000, batch=1024, lr=None, warmup=5,
@@ -39,13 +39,14 @@ PRESETS = {  # what --demo changes; every flag given beside it wins
     "demo": dict(latents="data/demo-pixels", model="T", patch=8, steps=1800, batch=64, lr=2e-3, warmup=1,
                  decay=0.3, ema=[0.99], cfg=1.5, log_every=100, sample_every=600, save_every=600),
 }
+OBJECTIVE = dict(P_mean=-0.8, P_std=0.8, t_eps=0.05, label_drop=0.1)  # the same for every target
 CLIP = 1.0  # of the gradient's norm; not in the paper (its release added it after publication)
 PATIENCE = 5  # steps in a row that may be skipped for a gradient that is not finite
 NOISE_BLOCK = 16  # noise is drawn in fixed blocks of positions of the global batch
 COLUMNS = ["step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb", "skipped",  # of log.csv
            *(f"{name}{part}" for name in ("fit", "val") for part in ("", *(f"_t{k}5" for k in range(10)))),
            "fid", "inception_score", "fid_n"]
-SHOWN = [name for name in COLUMNS[1:] if "_t" not in name]  # in the line on the screen
+ON_SCREEN = [name for name in COLUMNS[1:] if "_t" not in name]  # fit_t35: the loss of 0.3 <= t < 0.4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def update_ema(ema, net, decay):
 
 def draw_grid(out, step, denoiser, emas, decays, vae, data, cfg, precision):
     """Pictures from fixed noise, two a class, by the EMA once it is old enough to mean something, else the network."""
-    old = step * (1 - decays[0]) >= 3
+    old = not is_young(step, decays[0])
     classes = pick_classes(None, None, data.num_classes)[:8]
     images = generate(emas[0] if old else denoiser, vae, range(2 * len(classes)), classes, cfg=cfg, precision=precision)
     names = [data.class_names[c] if data.class_names else c for c in classes]
@@ -132,15 +133,15 @@ def parse(argv):
     data.add_argument("--vae", help="codec for pictures (default: the one that made the cache)")
     data.add_argument("--out", type=pathlib.Path, help="the run's folder (default: out/PRESET-MODEL+PATCH-TARGET)")
     how = parser.add_argument_group("recipe")
-    how.add_argument("--steps", type=number(int, 1), help="optimizer steps in all")
-    how.add_argument("--batch", type=number(int, 1), help="images a step, over all GPUs")
+    how.add_argument("--steps", type=number(int, 1, 10**9), help="optimizer steps in all")
+    how.add_argument("--batch", type=number(int, 1, 10**6), help="images a step, over all GPUs")
     how.add_argument("--micro", type=number(int, 1), help="most images a forward pass (default: 256 on CUDA, else 64)")
     how.add_argument("--lr", type=number(float, 0), help="learning rate (default: 5e-5 * batch/256, except --demo)")
     how.add_argument("--warmup", type=number(float, 0), help="linear warm-up, in epochs")
     how.add_argument("--decay", type=number(float, 0, 1), help="share of the run, its last, in which the lr falls to 0")
     how.add_argument("--ema", type=number(float, 0, 1), nargs="+", help="decay of one or two averages of the weights")
     how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
-    how.add_argument("--seed", type=number(int, 0), default=0, help="of initial weights, data order, times, noise")
+    how.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order, times, noise")
     how.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     when = parser.add_argument_group("once in a while (in steps, 0 = never)")
     when.add_argument("--log-every", type=number(int, 1), help="a line, and a row of log.csv")
@@ -163,14 +164,6 @@ def parse(argv):
     return args, PRESETS[preset]["cfg"]
 
 
-def make_demo(latents):
-    """The demo's data, by the ordinary road: class folders of pictures -> vae.py -> a cache."""
-    pictures = latents.with_name("demo-digits")
-    draw_digits(pictures, per_class=500)
-    if codec.main(["--images", str(pictures), "--out", str(latents), "--vae", "pixels", "--size", "32", "--no-flip"]):
-        raise BadInput(f"{latents}: the demo's data could not be written: remove {latents} and {pictures}")
-
-
 @program
 def main(argv=None):
     from tqdm import tqdm
@@ -185,18 +178,26 @@ def main(argv=None):
     say(f"{args.model}/{args.patch}, predicts {args.target}, loss in {args.loss}: {args.steps:,} steps of {args.batch} "
         f"images ({accumulation} x {micro} on each of {ranks} x {device.type}, {'bf16' if bf16 else 'fp32'}), "
         f"lr {args.lr:g}, warm-up {args.warmup:g} epochs, decay {args.decay:g}, AdamW (0.9, 0.95), weight decay 0, "
-        f"clip {CLIP}, EMA {' '.join(map(str, args.ema))}, P_mean/P_std -0.8/0.8, label dropout 0.1, seed {args.seed} "
-        f"-> {args.out}")
-    join_ranks()
-    if args.demo and args.latents == pathlib.Path(PRESETS["demo"]["latents"]) and rank() == 0:
-        make_demo(args.latents)
+        f"clip {CLIP}, EMA {' '.join(map(str, args.ema))}, P_mean/P_std {OBJECTIVE['P_mean']}/{OBJECTIVE['P_std']}, "
+        f"label dropout {OBJECTIVE['label_drop']}, seed {args.seed} -> {args.out}")
     meet()
+    stop, stopping = StopSignal(), 0
+    if args.demo and args.latents == pathlib.Path(PRESETS["demo"]["latents"]):  # its data, by the ordinary road
+        pictures = args.latents.with_name("demo-digits")
+        if rank() == 0:
+            draw_digits(pictures, per_class=500)
+        meet()
+        stopping = codec.write_cache(pictures, args.latents, codec.load_vae("pixels"), 32, flip=False, stop=stop)
+        meet()
+        if stopping:
+            return stopping
 
     # Everything that the run needs, before step 0
     data, val = codec.LatentDataset(args.latents), codec.LatentDataset(args.val) if args.val else None
     data.check()
-    if val and (val.shape, val.vae) != (data.shape, data.vae):
-        raise BadInput(f"--val {args.val}: latents {val.shape} of {val.vae}, training has {data.shape} of {data.vae}")
+    for name in ("shape", "vae", "num_classes", "class_names"):
+        if val and getattr(val, name) != getattr(data, name):
+            raise BadInput(f"--val {args.val}: another {name} ({getattr(val, name)}) than {args.latents}")
     channels, grid, _ = data.shape
     if grid % args.patch:
         raise BadInput(f"--patch {args.patch} does not divide the latents' {grid}x{grid} grid")
@@ -204,40 +205,39 @@ def main(argv=None):
     net = JLT(grid, args.patch, channels, num_classes=data.num_classes, **SIZES[args.model])
     if args.init:
         net = load_init(args.init, net, args.target)
-    denoiser = Denoiser(net.to(device), args.target, args.loss)
+    denoiser = Denoiser(net.to(device), args.target, args.loss, **OBJECTIVE)
     emas = [copy.deepcopy(denoiser).eval().requires_grad_(False) for _ in args.ema]
-    weights, averages = list(net.parameters()), [ema.net for ema in emas]
+    parameters, averages = list(net.parameters()), [ema.net for ema in emas]
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warmup = round(args.warmup * len(data) / args.batch)
-    parameters = sum(p.numel() for p in weights)
-    disk = 4 * parameters * (3 * (3 + len(emas)) + len(emas))  # fp32: three of network, 2 x Adam, EMA; then an export
+    size = sum(p.numel() for p in parameters)
+    disk = 4 * size * (3 * (3 + len(emas)) + len(emas))  # fp32: last, previous, next of net, Adam's two, EMAs
     say(f"{args.latents}: {len(data):,} images of {data.num_classes} classes, latents {channels}x{grid}x{grid}; "
-        f"{parameters / 1e6:.1f} M parameters; warm-up {warmup} steps of {args.steps:,}")
+        f"{size / 1e6:.1f} M parameters; warm-up {warmup} steps of {args.steps:,}")
     settings = dict(
         model=args.model, patch=args.patch, target=args.target, loss=args.loss, data=data.fingerprint, steps=args.steps,
         batch=args.batch, lr=args.lr, warmup=args.warmup, decay=args.decay, ema=args.ema, seed=args.seed,
-        precision="bf16" if bf16 else "fp32", P_mean=denoiser.P_mean, P_std=denoiser.P_std, t_eps=denoiser.t_eps,
-        label_drop=denoiser.label_drop, input_size=grid)
-    look = dict(vae=data.vae, hint=data.hint, size=data.size, class_names=data.class_names, cfg=cfg, interval=(0.1, 1))
-    args.out.mkdir(parents=True, exist_ok=True)
+        precision="bf16" if bf16 else "fp32", input_size=grid, **OBJECTIVE)
+    drawing = dict(vae=data.vae, hint=data.hint, size=data.size, class_names=data.class_names, cfg=cfg,
+                   interval=(0.1, 1.0))
     lock = rank() == 0 and lock_folder(args.out)  # noqa: F841 (held until main returns)
     tensors, saved = resume_point(args.out)
     step, skipped = 0, 0
     if tensors is not None:
         check_same_run(args.out, saved, settings)
         restore(tensors, net, averages, optimizer)
-        step, skipped = saved["step"], saved["skipped"]
+        step, skipped, tensors = saved["step"], saved["skipped"], None
         say(f"continues {args.out} at step {step}" if step < args.steps else f"{args.out} is finished: {step} steps")
     elif shutil.disk_usage(args.out).free < disk:
         raise BadInput(f"{args.out}: three checkpoints and an export need {disk / 1e9:.1f} GB of free disk")
     if step >= args.steps:
         return 0
-    if any(args.steps * (1 - decay) < 3 for decay in args.ema):
+    if any(is_young(args.steps, decay) for decay in args.ema):
         say(f"warning: {args.steps} steps are few for an EMA of {max(args.ema)}: lower --ema or sample --weights model")
     vae = None
     if args.eval_every or args.sample_every and rank() == 0:
         try:
-            vae = open_vae(look, args.vae, device)
+            vae = open_vae(drawing, channels, args.vae, device)
         except BadInput as error:
             if args.eval_every or args.vae or data.vae:
                 raise BadInput(f"{error} (--sample-every 0 trains without pictures)") from None
@@ -259,13 +259,13 @@ def main(argv=None):
     log = rank() == 0 and Log(args.out / "log.csv", COLUMNS, start)
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank() > 0 or None)  # None: only for a terminal
     skipped, in_a_row = torch.tensor(float(skipped), device=device), torch.zeros((), device=device)
-    stop, stopping, flag, pending = StopSignal(), 0, None, None
+    flag, pending = None, None
     clock, waited, since = time.perf_counter(), 0.0, start
 
     while step < args.steps and not stopping:
         lr = learning_rate(step, args.steps, args.lr, warmup, args.decay)
         optimizer.param_groups[0]["lr"] = lr
-        total = torch.zeros((), device=device)
+        loss = torch.zeros((), device=device)
         for k in range(accumulation):
             asked = time.perf_counter()
             x, y, normals, hide = (part.to(device, non_blocking=True) for part in next(batches))
@@ -274,10 +274,10 @@ def main(argv=None):
             # Gradients are reduced over the ranks once a step, at the last micro-batch.
             with model.no_sync() if ranks > 1 and k < accumulation - 1 else contextlib.nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = model(x.float(), y, denoiser.times(normals), e, hide) / accumulation
-                loss.backward()
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(weights, CLIP)
+                    part = model(x.float(), y, denoiser.times(normals), e, hide) / accumulation
+                part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         # A gradient that is not finite on one rank is so on all, once reduced: all of them skip this step. The fused
         # optimizer takes the verdict as a tensor, so nobody waits for the GPU to know it.
         optimizer.found_inf = (~torch.isfinite(norm)).float()
@@ -302,12 +302,12 @@ def main(argv=None):
             return every and (step % every == 0 or step == args.steps)
         row = {}
         if due(args.log_every):
-            loss = total.cpu()  # here, and only here, the numbers are waited for
+            mean = loss.cpu()  # here, and only here, the numbers are waited for
             if ranks > 1:
-                dist.all_reduce(loss)
+                dist.all_reduce(mean)
             seconds = time.perf_counter() - clock
             speed, waited = (step - since) * args.batch / seconds, waited / seconds
-            row = dict(step=step, loss=loss.item() / ranks, lr=lr, grad_norm=norm.item(), skipped=int(skipped),
+            row = dict(step=step, loss=mean.item() / ranks, lr=lr, grad_norm=norm.item(), skipped=int(skipped),
                        images_per_s=round(speed, 2), data_wait=round(waited, 4), memory_gb=peak_memory(device))
             if in_a_row >= PATIENCE:
                 raise RunFailed(f"step {step}: the loss or its gradient was not finite {int(in_a_row)} times in a row; "
@@ -320,14 +320,15 @@ def main(argv=None):
             if vae:
                 draw_grid(args.out, step, denoiser, emas, args.ema, vae, data, cfg, args.precision)
         if due(args.eval_every):
-            score = fid.evaluate(emas[0], vae, inception, reference, args.eval_n, args.seed, cfg, step=step)
+            score = fid.evaluate(emas[0], vae, inception, reference, args.eval_n, args.seed, cfg, step=step,
+                                 precision=args.precision)
             row |= {"step": step, "fid_n": args.eval_n, "fid": float(score["fid"])}
             row |= {"inception_score": float(score["inception_score"])} if score["inception_score"] != "n/a" else {}
         if row and rank() == 0:
             log.append(row)
-            bar.write(f"step {step}" + "".join(f", {name} {value:.4g}" for name, value in row.items() if name in SHOWN))
+            bar.write(f"step {step}" + "".join(f", {name} {row[name]:.4g}" for name in ON_SCREEN if name in row))
         if rank() == 0 and (due(args.save_every) or due(args.keep_every) or stopping):
-            now = settings | look | dict(step=step, skipped=int(skipped))
+            now = settings | drawing | dict(step=step, skipped=int(skipped))
             if due(args.keep_every):
                 save_checkpoint(args.out / f"ema-step{step:07d}.safetensors", tensors_of(net, averages), now)
             if due(args.save_every) or stopping:
@@ -337,6 +338,7 @@ def main(argv=None):
         if row or due(args.save_every):
             clock, waited, since = time.perf_counter(), 0.0, step
 
+    meet()  # torchrun ends all ranks once one has left: none leaves before rank 0 has saved
     if stopping and step < args.steps:
         say(f"stopped by a signal at step {step}, saved in {args.out}; the same command continues")
         return 128 + stopping

@@ -27,7 +27,7 @@ from lib.flags import Parser, number
 from lib.hub import find_file
 from lib.images import SUFFIXES, list_images, open_image
 from lib.prefetch import prefetched
-from lib.run import (BadInput, RunFailed, StopSignal, atomic, lock_folder, pick_device, program, rank, say, watched,
+from lib.run import (BadInput, RunFailed, StopSignal, atomic, lock_folder, pick_device, program, rank, say,
                      world_size)
 from lib.shards import Rows, differing, read_header, read_hint, read_stats, shard_files
 from lib.taef2 import Taef2
@@ -204,11 +204,7 @@ def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=S
 
     if all(isinstance(why := read(path), str) for path, _ in items):  # as a rule this reads one image
         raise BadInput(f"{images}: not one of {len(items)} images can be read; the last: {why}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(out) if rank() == 0 else None  # kept until this function ends
-    except OSError as error:
-        raise BadInput(f"--out {out}: cannot be written to ({error.strerror}): choose another folder") from None
+    lock = lock_folder(out) if rank() == 0 else out.mkdir(parents=True, exist_ok=True)  # kept until this function ends
     if rank() == 0 and vae.hint:  # a path is no part of the data: it lies in a file of its own, which may go
         with atomic(out / "source.json") as temporary:
             temporary.write_text(json.dumps({"hint": vae.hint}))
@@ -218,7 +214,7 @@ def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=S
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     pictures = prefetched(read, [path for k in mine for path, _ in shards[k]], threads, 2 * (batch + threads))
     unreadable = {path: "as before" for theirs in done.values() for path in theirs["unreadable"] if rank() == 0}
-    bar = tqdm(total=sum(len(shards[k]) for k in mine), unit="image", disable=not watched())
+    bar = tqdm(total=sum(len(shards[k]) for k in mine), unit="image", disable=rank() > 0 or None)
     for k in mine:
         labels, failed = [], {}
         tensors = {name: [torch.empty(0, *shape)] for name in ("latents", "latents_flip")[:1 + flip]}

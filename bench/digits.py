@@ -24,7 +24,7 @@ from fid import frechet_distance
 from lib.digits import draw_digits
 from lib.flags import Parser, number
 from lib.images import list_images, open_image
-from lib.run import BadInput, RunFailed, pick_device, program, say, watched
+from lib.run import BadInput, RunFailed, pick_device, program, rank, say
 from lib.table import append_rows, read_rows
 from sample import balanced_labels, generate, load_denoiser, open_vae
 from vae import image_tensor
@@ -89,13 +89,13 @@ def sampled(path, weights, n, cfg, steps, seed, device):
     """(the denoiser of a checkpoint, n samples of it as uint8 on the CPU). BadInput where it draws no such digits."""
     from tqdm import tqdm
     denoiser = load_denoiser(path, weights, device)
-    vae = open_vae(denoiser.settings, None, device)
+    vae = open_vae(denoiser.settings, denoiser.net.in_channels, None, device)
     classes, size = denoiser.net.num_classes, denoiser.net.input_size * vae.stride
     if (classes, size) != (10, SIZE):
         raise BadInput(f"{path}: draws {classes} classes, {size} pixels wide; expected 10 and {SIZE}, as the demo's")
     batches = [range(i, min(n, i + 128)) for i in range(0, n, 128)]
     return denoiser, torch.cat([generate(denoiser, vae, indices, range(10), seed, cfg, steps=steps).cpu()
-                                for indices in tqdm(batches, unit="batch", leave=False, disable=not watched())])
+                                for indices in tqdm(batches, unit="batch", leave=False, disable=rank() > 0 or None)])
 
 
 @program

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from bench.chart import picture
 from lib.flags import Parser, number
 from lib.log import picture_grid
-from lib.run import BadInput, atomic, pick_device, program, say, watched
+from lib.run import BadInput, atomic, pick_device, program, rank, say
 from sample import generate, load_denoiser, open_vae, pick_classes
 
 MARGIN = 64  # pixels to the left, for the steps
@@ -73,13 +73,13 @@ def main(argv=None):
     device, blocks = pick_device(), {}
     for place, run in enumerate(args.runs):
         block = {}
-        for step, denoiser in tqdm(exports(run, args.weights, device), desc=run.name, disable=not watched()):
+        for step, denoiser in tqdm(exports(run, args.weights, device), desc=run.name, disable=rank() > 0 or None):
             if args.steps and step not in args.steps:
                 continue
             settings = denoiser.settings
             names, cfg = settings.get("class_names"), settings.get("cfg", 1.0) if args.cfg is None else args.cfg
             classes = pick_classes(args.classes, names, denoiser.net.num_classes)[:args.columns]
-            vae = open_vae(settings, args.vae, device)
+            vae = open_vae(settings, denoiser.net.in_channels, args.vae, device)
             images = generate(denoiser, vae, range(args.columns), classes, args.seed, cfg, steps=args.ode_steps)
             block[step] = images.cpu()
         if not block:

@@ -1,6 +1,6 @@
 """Kill runs again and again, start them with the same command, and compare with runs that were left alone.
 
-    python -m bench.soak --kills 50 --cache-kills 10           one process, and the encoding of a cache
+    python -m bench.soak                                       one process, and the encoding of a cache
     python -m bench.soak --kills 20 --cache-kills 0 --ranks 2  torchrun and workers die alike, and once torchrun alone
 
 On the CPU, in a temporary folder. A life ends by SIGKILL at one of three moments, drawn at random: while it starts
@@ -8,7 +8,7 @@ On the CPU, in a temporary folder. A life ends by SIGKILL at one of three moment
 is in the middle of saving. Compared, byte for byte: last.safetensors (network, EMAs, optimizer, settings), ema, and all
 shards of a cache; of log.csv the columns step, loss, lr and grad_norm, as text. Exit code 1 where anything differs.
 """
-import contextlib, csv, os, pathlib, signal, subprocess, sys, tempfile, time
+import csv, os, pathlib, subprocess, sys, tempfile, time
 
 import numpy as np
 
@@ -16,15 +16,13 @@ from lib.digits import draw_digits
 from lib.flags import Parser, number
 from lib.run import RunFailed, program, say
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 MOMENTS = ("starting", "later", "saving")
 
 
 def start(command, log):
     """Start python with these arguments; all that it says is added to the file `log`."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
-        return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=file)
+        return subprocess.Popen([sys.executable, *map(str, command)], stdout=file, stderr=file)
 
 
 def finish(process, log):
@@ -47,21 +45,17 @@ def family(pid):
 
 
 def kill(pids):
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    subprocess.run(["kill", "-KILL", *map(str, pids)], stderr=subprocess.DEVNULL)
 
 
 def names(folder, *starts):
-    return sorted(name for name in os.listdir(folder) if name.startswith(starts)) if folder.exists() else []
+    return sorted(name for start in starts for name in map(os.path.basename, folder.glob(f"{start}*")))
 
 
 def rows(out):
     """The steps in log.csv, as far as two runs must agree on them."""
-    if not names(out, "log.csv"):
-        return []
-    with open(out / "log.csv", newline="") as file:
-        return [[row[name] for name in ("step", "loss", "lr", "grad_norm")] for row in csv.DictReader(file)]
+    lines = (out / "log.csv").read_text().splitlines() if names(out, "log.csv") else []
+    return [[row[name] for name in ("step", "loss", "lr", "grad_norm")] for row in csv.DictReader(lines)]
 
 
 def progress(out):
@@ -69,9 +63,8 @@ def progress(out):
     return len(names(out, "latents")) + len(rows(out))
 
 
-def wait_for(happened, process, seconds=300):
-    end = time.monotonic() + seconds
-    while not happened() and process.poll() is None and time.monotonic() < end:
+def wait_for(happened, process):
+    while not happened() and process.poll() is None:
         time.sleep(0.001)
 
 
@@ -110,8 +103,8 @@ def agent_alone(command, out, log):
     while (left := alive().keys() & workers) and time.monotonic() < killed + 300:
         time.sleep(0.1)
     kill(left)
-    say(f"torchrun alone killed at step {step}: its workers {'hung' if left else 'ended'} {time.monotonic() - killed:.0f} "
-        f"s later, at step {progress(out)}; the same command, given at once, had exit code {again}")
+    say(f"torchrun alone killed at step {step}: its workers {'hung' if left else 'ended'} at step {progress(out)}, after "
+        f"{time.monotonic() - killed:.0f} s; the same command, given at once, ended with exit code {again}")
 
 
 def soak(command, calm, fire, kills, log, rng, agent=False):
@@ -126,8 +119,8 @@ def soak(command, calm, fire, kills, log, rng, agent=False):
     if agent:
         agent_alone(command, fire, log)
     finish(start(command, log), log)
-    same = rows(calm) == rows(fire) and all((fire / name).exists() and (calm / name).read_bytes() ==
-                                            (fire / name).read_bytes() for name in names(calm, "latents", "last", "ema"))
+    kept = names(calm, "latents", "last", "ema")
+    same = rows(calm) == rows(fire) and all((calm / name).read_bytes() == (fire / name).read_bytes() for name in kept)
     say(f"{progress(calm)} steps or shards, {kills} kills in {time.monotonic() - began:.0f} s:",
         *(f"{what} {n}," for what, n in seen.items()), "as if left alone" if same else "NOT AS IF LEFT ALONE")
     return same
@@ -140,19 +133,20 @@ def main(argv=None):
     parser.add_argument("--cache-kills", type=number(int, 0), default=10, help="of encoding a cache")
     parser.add_argument("--ranks", type=number(int, 1), default=1, help="processes, under torchrun from two on")
     args = parser.parse_args(argv)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     python = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"] * (args.ranks > 1)
     encode = [*python, "vae.py", "--vae", "pixels", "--size", 8, "--images"]
-    train = [*python, "train.py", "--model", "T", "--patch", 4, "--batch", 8, "--lr", 1e-3, "--ema", 0.9, "--save-every",
-             1, "--log-every", 1, "--sample-every", 50, "--steps", 3 * args.kills + 30, "--latents"]
+    train = [*python, "train.py", "--model", "T", "--patch", 4, "--batch", 8, "--lr", 1e-3, "--ema", 0.9, "--steps",
+             3 * args.kills + 30, "--save-every", 1, "--log-every", 1, "--sample-every", 50, "--latents"]
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         folder, rng, same = pathlib.Path(folder), np.random.default_rng(0), True
         log, few, many = folder / "log.txt", folder / "few", folder / "many"
-        draw_digits(few, 4, size=8)
-        finish(start([*encode, few, "--out", folder / "cache"], log), log)
         if args.cache_kills:
             draw_digits(many, 103 * (args.cache_kills + 3), size=8)  # a shard holds 1,024 pictures
             same &= soak([*encode, many], folder / "c", folder / "d", args.cache_kills, log, rng)
         if args.kills:
+            draw_digits(few, 4, size=8)
+            finish(start([*encode, few, "--out", folder / "cache"], log), log)
             same &= soak([*train, folder / "cache"], folder / "a", folder / "b", args.kills, log, rng, args.ranks > 1)
     return 0 if same else 1
 

@@ -5,9 +5,9 @@
     python -m bench.speed --quick           2 of the 12 blocks and 3 turns: does the script work here?
     python -m bench.speed --busy            processor time of one thread: for a CPU that others use at the same time
 
-What is compared is timed in turns, in one run, forwards and backwards; a ratio is the median of the turns' ratios. FLOPs
-follow from the architecture (`flops` below); a training step counts as three forward passes. The peak is that of a
-large square matrix product, timed in the same turns.
+What is compared is timed in turns, in one run, forwards and backwards; a ratio is the median of the turns' ratios.
+FLOPs follow from the architecture (`flops` below); a training step counts as three forward passes. The peak is that of
+a large square matrix product, timed in the same turns.
 """
 import copy, functools, itertools, pathlib, platform, re, statistics, subprocess, sys, tempfile, time, types
 
@@ -42,7 +42,8 @@ class Bench:
 
     def __init__(self, quick, busy):
         self.device, self.clock = pick_device(), processor_time if busy else time.perf_counter
-        self.cuda, self.depth, self.turns, self.lines = self.device.type == "cuda", 2 if quick else 12, 3 if quick else 5, []
+        self.cuda, self.depth, self.turns = self.device.type == "cuda", 2 if quick else 12, 3 if quick else 5
+        self.lines = []
         if busy:
             torch.set_num_threads(1)
         cpuinfo = pathlib.Path("/proc/cpuinfo").read_text() if pathlib.Path("/proc/cpuinfo").exists() else ""
@@ -50,7 +51,8 @@ class Bench:
         cpu = (re.findall("model name.*: (.*)", cpuinfo) or [platform.processor()])[0]
         name = torch.cuda.get_device_name() if self.cuda else f"{cpu}, {torch.get_num_threads()} threads"
         self.print(f"{name}, torch {torch.__version__}, {'processor time' if busy else 'wall clock'}, medians of "
-                   f"{self.turns} turns{', 2 blocks instead of 12' * quick}\n\n| what | measured | asked |\n|---|---|---|")
+                   f"{self.turns} turns{', 2 blocks instead of 12' * quick}\n")
+        self.print("| what | measured | asked |\n|---|---|---|")
 
     def print(self, line):
         self.lines.append(line)
@@ -92,11 +94,11 @@ def ratio(above, below):
 
 
 def flops(net):
-    """Of one image's forward pass: 2 per weight of a matrix, as often as it is used, and the two products of attention."""
+    """Of one image's forward pass: 2 per weight of a matrix, as often as it is used, and attention's two products."""
     tokens, width = (net.input_size // net.patch_size) ** 2, net.blocks[0].attn.proj.in_features
     weights = {name: module.weight.numel() for name, module in net.named_modules()
                if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))}
-    uses = {name: 1 if "adaLN" in name or "t_embedder" in name else tokens for name in weights}  # once an image, or a token
+    uses = {name: 1 if "adaLN" in name or "t_embedder" in name else tokens for name in weights}  # by image, or by token
     return 2 * sum(weights[name] * uses[name] for name in weights) + 4 * tokens ** 2 * width * len(net.blocks)
 
 
@@ -192,7 +194,7 @@ def training(bench, scratch):
     bench.row("the fp32 step: share of the fp32 peak", f"{share:.2f}")
     bench.row("peak memory of two networks with optimizer and EMA", f"{peak_memory(bench.device):.1f} GB")
     if bench.cuda:
-        del ours, plain, tasks
+        del ours, plain, product, tasks
         full_run(bench, data)
 
 
@@ -210,7 +212,7 @@ def full_run(bench, data):
         bench.row(f"training step {name}, bf16, micro-batch 256 from disk: share of the bf16 peak",
                   f"{share:.2f} of {product_work / median(seconds['peak']) / 1e12:.0f} TFLOP/s "
                   f"({256 / median(seconds[name]):.0f} images/s)", asked)
-    del two, trainers, trainer, tasks
+    del two, trainers, trainer, product, tasks
 
     parts = {name: [] for name in ("waiting for data", "forward", "backward", "clip, AdamW, EMA")}
     for _ in range(10):  # each part is waited for: what they overlap is not seen here
@@ -247,7 +249,7 @@ def full_run(bench, data):
     batches.close()
     for cards, n in ((1, 256), (8, 128)):
         seconds = BATCH / cards / n * (times[n] - parts["clip, AdamW, EMA"]) + parts["clip, AdamW, EMA"]
-        bench.row(f"from these: {STEPS:,} steps of {BATCH} images on {cards} GPU" + ", without communication" * (cards > 1),
+        bench.row(f"from these: {STEPS:,} steps of {BATCH} on {cards} GPU" + ", without communication" * (cards > 1),
                   f"{STEPS * seconds / 3600:.1f} h")
 
 
@@ -282,7 +284,8 @@ def sampling(bench, scratch):
                                   "plain": lambda: denoiser.velocity(z, 0.5, y)})
     bench.row(f"guided evaluation, batch {n}: time against twice the unguided one",
               f"{ratio(seconds['guided'], seconds['plain']) / 2:.3f}", "at most 1.05")
-    bench.row("outside the interval: time against the unguided one", f"{ratio(seconds['outside'], seconds['plain']):.3f}", "1")
+    bench.row("outside the interval: time against the unguided one",
+              f"{ratio(seconds['outside'], seconds['plain']):.3f}", "1")
     counter = types.SimpleNamespace(net=denoiser.net, velocity=lambda z, t, y: rows.append(len(z)) or 0 * z)
     ode_sample(guided_velocity(counter, y[:1], 2.9, (0.1, 1.0)), z[:1], 50, "heun")
     bench.row("evaluations in 50 Heun steps: doubled, plain", f"{rows.count(2)}, {rows.count(1)}", "88, 11")
@@ -311,18 +314,20 @@ def growth(bench, scratch):
     cells = [(1, n) for n in sizes] + [(patch, sizes[-1]) for patch in (2, 4)]
     seconds = bench.in_turns({(p, n): functools.partial(trainers[p].step, batch[n], bench.cuda) for p, n in cells})
     for patch, n in cells:
-        bench.row(f"training step, {depth} blocks, patch {patch} ({(SHAPE[1] // patch) ** 2} tokens), batch {n}: time against "
-                  f"256 tokens, batch {sizes[-1]}", f"{ratio(seconds[patch, n], seconds[1, sizes[-1]]):.3f}")
+        bench.row(f"training step, {depth} blocks, patch {patch} ({(SHAPE[1] // patch) ** 2} tokens), batch {n}: time "
+                  f"against 256 tokens, batch {sizes[-1]}", f"{ratio(seconds[patch, n], seconds[1, sizes[-1]]):.3f}")
 
 
 def start(bench, scratch):
     """From the command to its first word."""
     commands = {"torch": ["-c", "import torch"], "sample.py": ["sample.py", "--help"]}
-    run = functools.partial(subprocess.run, cwd=pathlib.Path(__file__).parents[1], check=True, stdout=subprocess.DEVNULL)
-    seconds = bench.in_turns({name: functools.partial(run, [sys.executable, *words]) for name, words in commands.items()})
+    root = pathlib.Path(__file__).parents[1]
+    run = functools.partial(subprocess.run, cwd=root, check=True, stdout=subprocess.DEVNULL)
+    tasks = {name: functools.partial(run, [sys.executable, *words]) for name, words in commands.items()}
+    seconds = bench.in_turns(tasks)
     extra = median(a - b for a, b in zip(seconds["sample.py"], seconds["torch"]))
-    bench.row(f"`python sample.py --help` beyond the {median(seconds['torch']):.2f} s of `import torch`", f"{extra:.2f} s",
-              "at most 0.3 s")
+    bench.row(f"`python sample.py --help` beyond the {median(seconds['torch']):.2f} s of `import torch`",
+              f"{extra:.2f} s", "at most 0.3 s")
 
 
 SECTIONS = {section.__name__: section for section in (forward, training, reading, sampling, growth, start)}
@@ -333,7 +338,7 @@ def main(argv=None):
     parser = Parser("Speed beside the hardware's peak and beside plain code, as a Markdown table.")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
     parser.add_argument("--quick", action="store_true", help="2 blocks and 3 turns: to try the script")
-    parser.add_argument("--busy", action="store_true", help="processor time of one thread, where others use the CPU too")
+    parser.add_argument("--busy", action="store_true", help="processor time of one thread: where others use the CPU")
     parser.add_argument("--out", type=pathlib.Path, help="also write the table there")
     args = parser.parse_args(argv)
     if args.out and not args.out.absolute().parent.is_dir():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from lib.run import BadInput, RunFailed, atomic, rank, say
 
-TARGETS = ("x", "eps", "v")
+RELEASE_TARGETS = ("x", "v")  # what its args may say
 
 
 def save_checkpoint(path, tensors, settings, keep=None):
@@ -36,6 +36,35 @@ def read_checkpoint(path, skip="nothing"):
         raise BadInput(f"{path}: not a whole safetensors checkpoint ({error})") from None
 
 
+def between(low, high):
+    return lambda value: isinstance(value, (int, float)) and low <= value <= high
+
+
+SOUND = {  # what the settings in a file may be, where they are there; the file may come from anywhere
+    "target": ("x", "eps", "v").__contains__, "loss": ("x", "eps", "v").__contains__, "step": between(0, 1e12),
+    "input_size": between(1, 512), "size": between(1, 8192), "cfg": between(0, 1000), "t_eps": between(0, 1),
+    "P_mean": between(-99, 99), "P_std": between(0, 99), "label_drop": between(0, 1), "hint": lambda x: type(x) is str,
+    "ema": lambda x: type(x) is list and all(map(between(0, 1), x)),
+    "interval": lambda x: type(x) is list and len(x) == 2 and all(map(between(0, 1), x)),
+    "class_names": lambda x: type(x) is list and all(type(name) is str for name in x),
+    "vae": lambda x: type(x) is dict and type(x.get("kind")) is type(x.get("id")) is str}
+
+
+def sound(path, settings):
+    """The settings, where they are of the expected types and ranges. Raises BadInput, naming the one that is not."""
+    for name, fits in SOUND.items():
+        if settings.get(name) is not None and not fits(settings[name]):
+            raise BadInput(f"{path}: settings that make no sense ({name} {str(settings[name])[:40]!r})")
+    return settings
+
+
+def plain(tensor):
+    """Whether this is an ordinary tensor of floats, with all its numbers in memory. A file may hold other kinds, and a
+    view that claims a shape for which its file would be too small."""
+    return (isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.is_floating_point()
+            and tensor.device.type == "cpu" and tensor.nbytes <= tensor.untyped_storage().nbytes())
+
+
 def read_weights(path):
     """({"model": {name: tensor}, "ema": {...}, ...}, settings) of any file this project reads: a checkpoint or export
     of ours, the release's `checkpoint-last.pth`, or a plain state dict, whose one set counts as model and EMA alike.
@@ -47,19 +76,23 @@ def read_weights(path):
         data, settings = read_checkpoint(path, skip="optimizer")
     else:
         try:
+            packed = zipfile.is_zipfile(path)
+            if packed and any(part.compress_type for part in zipfile.ZipFile(path).infolist()):
+                raise ValueError("compressed, as torch never writes it")  # it could unpack to any size
             with torch.serialization.safe_globals([argparse.Namespace]):
-                data = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                data = torch.load(path, "cpu", weights_only=True, mmap=packed)
             said = vars(data.get("args", argparse.Namespace()))
         except Exception as error:  # a damaged or hostile pickle fails in any way it likes
             raise BadInput(f"{path}: not a checkpoint of plain tensors ({str(error)[:150]})") from None
     if isinstance(settings, dict):
         groups = {name.split(".")[0] for name in data}
         return {group: {name.split(".", 1)[1]: tensor for name, tensor in data.items() if name.startswith(f"{group}.")}
-                for group in groups}, settings
+                for group in groups}, sound(path, settings)
     spoken = (str(said.get(name)) for name in ("target", "prediction", "pred", "pred_type"))
-    settings = {"target": next((target for word in spoken for target in TARGETS if word.startswith(target)), None),
-                "t_eps": said.get("t_eps", 0.05), "size": said.get("img_size", 256), "cfg": 2.9,
+    target = next((target for word in spoken for target in RELEASE_TARGETS if word.startswith(target)), None)
+    settings = {"target": target, "t_eps": said.get("t_eps", 0.05), "size": said.get("img_size", 256), "cfg": 2.9,
                 "vae": {"kind": "flux2", "id": "flux2"}}
+    sound(path, settings)
     if isinstance(data.get("model"), dict):
         release = {"model": "model", "ema": "model_ema1", "ema2": "model_ema2"}
         return {ours: data[theirs] for ours, theirs in release.items() if isinstance(data.get(theirs), dict)}, settings
@@ -82,21 +115,27 @@ def restore(tensors, net, emas, optimizer):
             mine = (name for name in tensors if name.startswith(f"{group}."))
             module.load_state_dict({name.removeprefix(f"{group}."): tensors[name] for name in mine})
         for name, p in net.named_parameters():
-            optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"].to(p.device, copy=True)
-                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for key, value in state.items():  # the fused optimizer does not look: it would read beyond the end
+                if value.shape != (() if key == "step" else p.shape) or value.dtype != torch.float32:
+                    raise KeyError(f"optimizer.{key}.{name} is {value.dtype} {tuple(value.shape)}")
+            optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in state.items()}
     except (KeyError, RuntimeError) as error:
-        raise BadInput(f"this checkpoint does not fit the network: {error}") from None
+        raise BadInput(f"the checkpoint to continue does not fit the network: {str(error)[:300]}") from None
 
 
 def resume_point(out):
     """(tensors, settings) of the newest whole checkpoint in a run's folder, or (None, None) where there is none yet. A
     damaged `last` is set aside as last.damaged, or the next save would move it over the whole `previous`."""
     last, previous = out / "last.safetensors", out / "previous.safetensors"
+    for stale in out.glob(".tmp*") if rank() == 0 else ():  # of a save that was killed; the caller holds the lock
+        stale.unlink()
     found = [path for path in (last, previous) if path.exists()]
     for path in found:
         try:
             tensors, settings = read_checkpoint(path)
-            if not isinstance(settings, dict) or not {"step", "steps", "skipped", "decay"} <= settings.keys():
+            if not isinstance(settings, dict) or not all(
+                    type(settings.get(name)) is int and settings[name] >= 0 for name in ("step", "steps", "skipped")):
                 raise BadInput(f"{path}: not a checkpoint of a run")
         except BadInput as error:
             say(f"WARNING: {error}")
@@ -117,3 +156,13 @@ def check_same_run(out, saved, now):
                  if saved.get(name) != value and (name != "steps" or falling)]
     if different:
         raise BadInput(f"{out} holds a run with another {', '.join(different)}: take another --out or the same flags")
+
+
+def newest_checkpoint(weights="ema", folder="out"):
+    """The newest run's file with these weights: the light export where it is enough, else the whole checkpoint."""
+    files = [f for name in ("ema", "last", "previous") for f in pathlib.Path(folder).glob(f"*/{name}.safetensors")]
+    if not files:
+        raise BadInput(f"no checkpoint in {folder}/: train one (python train.py --demo: minutes) or give --ckpt FILE")
+    run = max(files, key=lambda f: f.stat().st_mtime).parent
+    wanted = ("ema", "last", "previous") if weights != "model" else ("last", "previous", "ema")
+    return next(run / f"{name}.safetensors" for name in wanted if run / f"{name}.safetensors" in files)

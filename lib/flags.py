@@ -5,15 +5,20 @@ import math
 from lib.run import BadInput
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # says a default that there is, unless the text says its own
+        plain = action.default in (None, False) or "(default" in (action.help or "")
+        return action.help if plain else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without its page of usage at every slip; --help shows the defaults."""
 
     def __init__(self, description):
-        style = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=style, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message):
-        raise BadInput(f"{message} (see --help)")
+        raise BadInput(f"{message[:300]} (see --help)")
 
 
 def number(kind, low, high=math.inf):
@@ -36,7 +41,7 @@ def interval(text):
     return low, high
 
 
-def sampling_flags(parser):
+def sampling_flags(parser, targets):
     """The flags of everything that draws from a checkpoint."""
     group = parser.add_argument_group("how samples are drawn")
     group.add_argument("--steps", type=number(int, 1, 100_000), default=50, help="ODE steps")
@@ -47,5 +52,5 @@ def sampling_flags(parser):
     group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
     group.add_argument("--batch", type=number(int, 1), default=64, help="images at a time and device")
     group.add_argument("--vae", help="flux2, taef2, pixels, a Hugging Face id or a folder (default: the latents')")
-    group.add_argument("--target", choices=("x", "eps", "v"), help="for a file that does not say what it predicts")
+    group.add_argument("--target", choices=targets, help="for a file that does not say what it predicts")
     group.add_argument("--input-size", type=number(int, 1, 512), help="latent height, for a file that does not say it")

@@ -15,6 +15,8 @@ def open_image(path):
     """A PIL image in RGB as an image viewer shows it: turned as its EXIF says, transparency on white, 16 bits scaled to
     8, the first frame of an animation. Raises all sorts of errors where it cannot be read; also for a side over 100
     times the other, and beyond Pillow's limit of 179 million pixels."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError("no such file")
     with Image.open(path, formats=FORMATS) as image:
         if max(image.size) > 100 * min(image.size):
             raise ValueError(f"{image.width}x{image.height}: too narrow")

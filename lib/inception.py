@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.run import BadInput, watched
+from lib.run import BadInput
 
 FEATURES, CLASSES = 2048, 1008
 
@@ -158,12 +158,14 @@ def load_inception(path=None, device="cpu"):
         if not path.exists():
             try:
                 cache.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(URL, path, hash_prefix="6726825d", progress=watched())
+                torch.hub.download_url_to_file(URL, path, hash_prefix="6726825d", progress=False)
             except (OSError, RuntimeError) as error:
                 raise BadInput(f"Inception's weights are not here and cannot be downloaded ({error}): "
                                f"put {URL} into {cache}, or give --inception FILE") from None
     inception = Inception()
     try:
+        if not pathlib.Path(path).is_file():  # a pipe would be waited for
+            raise OSError("no such file")
         inception.load_state_dict(torch.load(path, "cpu", weights_only=True))
     except Exception as error:  # a damaged or hostile pickle fails in any way it likes
         reason = str(error)[:150] if isinstance(error, (OSError, RuntimeError)) else type(error).__name__

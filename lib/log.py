@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from lib.run import atomic
+from lib.run import BadInput, atomic
 
 
 class Log:
@@ -18,30 +18,34 @@ class Log:
     def __init__(self, path, columns, step):
         self.path, self.columns, rows = pathlib.Path(path), columns, []
         if self.path.exists():
-            with open(self.path, newline="") as file:
-                whole = (row for row in csv.DictReader(file) if str(row.get("step")).isdecimal())
-                rows = [row for row in whole if int(row["step"]) <= step]
-        with atomic(self.path) as temporary, open(temporary, "w", newline="") as file:
+            try:
+                with open(self.path, newline="", encoding="utf-8") as file:
+                    whole = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be torn
+                    rows = [row for row in whole if int(row["step"]) <= step]
+            except (OSError, ValueError, KeyError, csv.Error) as error:
+                raise BadInput(f"{path}: not a log of training ({type(error).__name__}): move it away") from None
+        with atomic(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
             writer.writeheader()
             writer.writerows(rows)
 
     def append(self, row):
-        with open(self.path, "a", newline="") as file:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
 
 @torch.inference_mode()
 def loss_by_time(denoiser, data, device, bf16, count=256, bins=10):
-    """(mean, [mean in each of 10 bins of t]) of |v - predicted velocity|² per number, on a cache's first images at
+    """(mean, [mean in each of 10 bins of t]) of |v - predicted velocity|² per number, on 256 images of a cache at
     fixed times and noise: the same questions at every step of every run, whatever its target and loss. The mean weighs
     each bin as training does, by the share of its times that fall there."""
     count = min(count, len(data))
+    rows = np.arange(count) * len(data) // count  # from all over the cache: its first images would be of one class
     times = (torch.arange(count) * 0.6180339887) % 1  # the golden ratio spreads times evenly over any run of images
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((count, *data.shape), dtype=np.float32))
     errors = []
     for part in torch.arange(count).split(64):
-        x, y = data.batch(part.numpy(), False)
+        x, y = data.batch(rows[part.numpy()], False)
         x, e, t = x.to(device).float(), noise[part].to(device), times[part].to(device)
         z = t[:, None, None, None] * x + (1 - t[:, None, None, None]) * e
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

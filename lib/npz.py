@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 import zipfile
 
@@ -17,10 +18,12 @@ def open_npz(path):
     """Yield a function: array's name -> (stream at its first value, shape, dtype), or KeyError. A header that does not
     fit the real size is refused before anything is allocated. Whatever turns out wrong becomes a BadInput."""
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("No such file")
         with zipfile.ZipFile(path) as file:
             def member(name):
                 info = file.getinfo(f"{name}.npy")
-                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others may take memory at will
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take memory at will
                     raise BadInput(f"{name} is compressed in a way that numpy does not write")
                 stream = file.open(info)
                 if np.lib.format.read_magic(stream) != (1, 0):  # only this version's header is sure to be short

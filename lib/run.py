@@ -1,8 +1,9 @@
 """The plumbing that the programs share: user errors, ranks and device, signals, the folder's lock, atomic files."""
-import contextlib, errno, functools, os, pathlib, signal, socket, sys, time
+import contextlib, errno, os, pathlib, signal, socket, sys, time
 
 import torch
 import torch.distributed as dist
+os.umask(UMASK := os.umask(0o077))
 
 
 class BadInput(ValueError):
@@ -10,44 +11,33 @@ class BadInput(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """The run itself failed (not finite, out of memory, disk full): one line, exit code 1."""
+    """The run itself failed (not finite, disk full): one line, exit code 1."""
 
 
 def program(main):
     """Decorates `main(argv=None)`: its errors become one line and an exit code (0 done, 1 failed, 2 bad input)."""
-    @functools.wraps(main)
     def run(argv=None):
-        code, line = 0, None
+        getattr(sys.stdout, "reconfigure", dict)(line_buffering=True, errors="backslashreplace")  # any name can be said
         try:
             code = main(argv) or 0
-        except (BadInput, RunFailed, OSError) as error:
-            code, line = 2 if isinstance(error, BadInput) else 1, str(error)
-        except torch.OutOfMemoryError:
-            code, line = 1, "out of GPU memory: halve --micro (train.py) or --batch (the others); results stay the same"
-        if line:
+        except (BadInput, RunFailed, OSError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError) as error:
+            code, line = {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1), str(error) or type(error).__name__
+            line += " (lower --micro in train.py, --batch elsewhere)" * (code == 1 and "emory" in type(error).__name__)
             time.sleep(3 if rank() else 0)  # rank 0 met the same, most likely: torchrun ends us before we repeat it
-            print("error:", " ".join(line.split()), file=sys.stderr, flush=True)
+            print("error:", "".join(c if c.isprintable() else "?" for c in " ".join(line.split())), file=sys.stderr)
         if dist.is_initialized():
             dist.destroy_process_group()
         return code
     return run
 
 
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+rank = lambda: int(os.environ.get("RANK", 0))
+world_size = lambda: int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(*words):
     if rank() == 0:
         print(*words, flush=True)
-
-
-def watched():  # progress bars are for people alone
-    return rank() == 0 and sys.stderr.isatty()
 
 
 def pick_device():
@@ -61,10 +51,12 @@ def pick_device():
     return torch.device("cuda", local)
 
 
-def join_ranks():
-    """Join torchrun's processes, if any. CPU tensors travel by gloo, so stop flags and statistics wait for no GPU."""
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+def meet():
+    """Wait until all of torchrun's ranks are here; join them first. CPU tensors travel by gloo: no GPU is waited for."""
+    if world_size() > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.all_reduce(torch.zeros(1))
 
 
 class StopSignal:
@@ -85,22 +77,26 @@ class StopSignal:
 def lock_folder(folder):
     """Take the operating system's lock on a folder and return the open file, to be kept: a killed process leaves no
     lock behind, and children do not inherit it. Raises BadInput, naming host and pid, where another run holds it."""
-    file = open(pathlib.Path(folder) / ".lock", "a+")
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(pathlib.Path(folder) / ".lock", "a+", errors="replace")
+    except OSError as error:
+        raise BadInput(f"--out {folder}: cannot be written to ({error.strerror}): choose another folder") from None
     try:
         if os.name == "nt":
+            import msvcrt
             file.seek(1 << 20)  # beyond the text, which others must be able to read
-            __import__("msvcrt").locking(file.fileno(), 2, 1)  # 2: LK_NBLCK
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            fcntl = __import__("fcntl")
+            import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.seek(0)
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            raise BadInput(f"{folder}: another run writes there ({file.read(200)}): choose another --out") from None
+            owner = pathlib.Path(file.name).read_text(errors="replace")[:200]
+            raise BadInput(f"{folder}: another run writes there ({owner}): choose another --out") from None
         say(f"warning: {folder}: no locks on this file system ({error.strerror}): start no second run there")
     file.truncate(0)
-    file.write(f"host {socket.gethostname()}, pid {os.getpid()}")
-    file.flush()
+    print(f"host {socket.gethostname()}, pid {os.getpid()}", end="", file=file, flush=True)
     return file
 
 
@@ -108,9 +104,10 @@ def lock_folder(folder):
 def atomic(path, keep=None):
     """Yield a temporary path beside `path`; once written, it goes safely to disk and takes the place of `path`, so that
     a crash leaves the old file or the new one, never half of one. With `keep`, the old file is moved there first."""
-    temporary = (path := pathlib.Path(path)).with_name(f".tmp-{path.name[-99:]}")
+    temporary = (path := pathlib.Path(path)).with_name(f".tmp-{path.name[-60:]}")
     try:
         yield temporary
+        os.chmod(temporary, 0o666 & ~UMASK)  # some libraries write files for their owner alone
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if keep and path.exists():

@@ -28,6 +28,8 @@ def shard_files(folder):
 def read_header(path):
     """({tensor: (dtype, shape, place of its first byte)}, our settings or None); BadInput unless the shard is whole."""
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("no such file")
         with open(path, "rb") as file:
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < size else {}  # never more memory than the file has bytes

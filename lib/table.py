@@ -1,5 +1,6 @@
 """A CSV table of results that grows by whole rows, so that a sweep which was interrupted can continue."""
 import csv
+import os
 
 from lib.run import BadInput, atomic, rank
 
@@ -11,8 +12,8 @@ def read_rows(path, columns):
             reader = csv.DictReader(file)
             rows, header = list(reader), reader.fieldnames
     except FileNotFoundError:
-        if not path.absolute().parent.is_dir():
-            raise BadInput(f"{path}: its folder does not exist") from None
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise BadInput(f"{path}: its folder does not exist or cannot be written to") from None
         return []
     except (OSError, ValueError, csv.Error) as error:
         raise BadInput(f"{path}: cannot be read as a table of scores ({error})") from None

@@ -62,9 +62,11 @@ class Taef2(nn.Module):
             self.decoder.load_state_dict(read_weights(source, "taef2_decoder"))
 
     def encode(self, images):                                                   # (B, 3, H, W) in [-1, 1]
+        images = images.to(self.encoder[0].weight.dtype)
         return F.pixel_unshuffle(self.encoder((images + 1) / 2), 2)             # 32 channels at 1/8 -> 128 at 1/16
 
     def decode(self, latents):
+        latents = latents.to(self.encoder[0].weight.dtype)
         return self.decoder(F.pixel_shuffle(latents, 2)) * 2 - 1
 
 
