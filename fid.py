@@ -270,7 +270,7 @@ def parse(argv):
     how = parser.add_argument_group("against what")
     how.add_argument("--ref", type=pathlib.Path, help="npz with mu and sigma: ADM's, JiT's or one of --save-ref")
     how.add_argument("--save-ref", type=pathlib.Path, metavar="OUT.npz", help="write statistics of --images or --npz")
-    how.add_argument("--n", type=number(int, 2), help="images (default: 50000 for --ckpt, else all)")
+    how.add_argument("--n", type=number(int, 2, 10**7), help="images (default: 50000 for --ckpt, else all)")
     how.add_argument("--size", type=number(int, 1, 4096), help="center-crop --images to this many pixels")
     how.add_argument("--force", action="store_true", help="compare images of different sizes")
     how.add_argument("--inception", type=pathlib.Path, help="Inception's weights (default: torch's cache, or download)")

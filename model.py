@@ -7,6 +7,9 @@ The legend, kept to by every file here:
     t   time, one number per image: t = 0 is noise, t = 1 is data
     z   what the network sees:           z = t * x + (1 - t) * e
     v   the velocity of that path:       v = dz/dt = x - e
+    y   the image's class label, an integer; the number of classes itself stands for "no class"
+
+(Inside the Transformer, x is the sequence of tokens, and v an attention head's values, as everywhere.)
 
 A sampler starts from noise and follows v to the data. Of x, e and v any one, with z and t, gives the other two, so a
 network may be asked for any of them: its *target*. What is the same in algebra is not the same for a network of finite
@@ -301,8 +304,8 @@ class Denoiser(nn.Module):
 
     def to_velocity(self, pred, z, t):
         """The velocity that a prediction stands for; t a float or broadcastable to z. From z = t x + (1-t) e:
-        v = (x - z) / (1 - t) = (z - e) / t, with floored denominators. (At t = 0, z says nothing of x beyond e: there
-        an eps prediction near z divided by the floor barely moves.)"""
+        v = (x - z) / (1 - t) = (z - e) / t, with floored denominators. (At t = 0, z is e itself: a perfect eps
+        prediction equals z there, and the velocity comes out as 0.)"""
         t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
         if self.target == "x":
             return (pred - z) / (1 - t).clamp(min=self.t_eps)

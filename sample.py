@@ -229,7 +229,7 @@ def pick_classes(wanted, names, num_classes):
         return list(range(num_classes))
     ids = []
     for text in wanted:
-        found = names.index(text) if names and text in names else int(text) if text.isdecimal() else -1
+        found = names.index(text) if names and text in names else int(text) if text.isdecimal() and len(text) < 9 else -1
         if not 0 <= found < num_classes:
             raise BadInput(f"class {text!r}: expected 0 to {num_classes - 1}" + " or a class name" * bool(names))
         ids.append(found)
@@ -251,7 +251,7 @@ def parse(argv):
     what.add_argument("--weights", choices=("ema", "ema2", "model"), default="ema", help="which of its weights")
     what.add_argument("--cfg", type=number(float, 0, 1000), help="guidance scale, 1 = none (default: the checkpoint's)")
     what.add_argument("--interval", type=interval, metavar="LOW,HIGH", help="times guided (default: the checkpoint's)")
-    what.add_argument("--n", type=number(int, 1), help="images in all, classes taking turns (default: 2 a class)")
+    what.add_argument("--n", type=number(int, 1, 10**7), help="images in all, classes taking turns (default: 2 a class)")
     what.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples.png"),
                       help="NAME.png: a grid; NAME.npz: ADM's sample file; anything else: a folder of PNG files")
     sampling_flags(parser, TARGETS)

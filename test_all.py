@@ -1,5 +1,6 @@
 """Every formula against a closed form, a trusted library or a second way of computing it; every promise of the programs
 against what they do. Minutes on two CPU cores, no network, no GPU:  python -m pytest -q test_all.py"""
+
 import argparse
 import csv
 import functools
@@ -10,6 +11,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,8 +41,17 @@ from lib.table import append_rows, read_rows
 from lib.taef2 import Taef2
 from model import JLT, SIZES, TARGETS, Denoiser, rotary_table, rotate
 from sample import generate, guided_velocity, image_noise, load_denoiser, ode_sample
-from vae import (LatentDataset, center_crop, from_uint8, image_tensor, list_images, load_vae, open_image, to_uint8,
-                 write_cache)
+from vae import (
+    LatentDataset,
+    center_crop,
+    from_uint8,
+    image_tensor,
+    list_images,
+    load_vae,
+    open_image,
+    to_uint8,
+    write_cache,
+)
 from vae import main as vae_main
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -49,8 +60,11 @@ ROOT = pathlib.Path(__file__).resolve().parent
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py: the network
 
+
 def tiny_net(patch=2, channels=3, size=8, **other):
-    return JLT(size, patch, channels, **(dict(hidden_size=32, depth=2, num_heads=2, num_classes=5, bottleneck=8) | other))
+    return JLT(
+        size, patch, channels, **(dict(hidden_size=32, depth=2, num_heads=2, num_classes=5, bottleneck=8) | other)
+    )
 
 
 def awake(net, seed=0):
@@ -64,8 +78,12 @@ def awake(net, seed=0):
 
 def rows(n, size=8, channels=3, classes=5, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(n, channels, size, size, generator=g), torch.randint(classes, (n,), generator=g),
-            torch.rand(n, generator=g) * 0.9 + 0.05, torch.randn(n, channels, size, size, generator=g))
+    return (
+        torch.randn(n, channels, size, size, generator=g),
+        torch.randint(classes, (n,), generator=g),
+        torch.rand(n, generator=g) * 0.9 + 0.05,
+        torch.randn(n, channels, size, size, generator=g),
+    )
 
 
 @pytest.mark.parametrize("patch, millions", [(1, 130.5), (2, 130.9)])
@@ -82,16 +100,46 @@ def test_sizes_are_the_papers():
 
 
 def test_names_are_those_of_the_published_weights():
-    blocks = [f"blocks.{i}.{name}" for i in range(2) for name in (
-        "norm1.weight", "norm2.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.q_norm.weight", "attn.k_norm.weight",
-        "attn.proj.weight", "attn.proj.bias", "mlp.w12.weight", "mlp.w12.bias", "mlp.w3.weight", "mlp.w3.bias",
-        "adaLN_modulation.1.weight", "adaLN_modulation.1.bias")]
-    rest = ["t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias", "t_embedder.mlp.2.weight", "t_embedder.mlp.2.bias",
-            "y_embedder.embedding_table.weight", "final_layer.norm_final.weight", "final_layer.linear.weight",
-            "final_layer.linear.bias", "final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"]
+    blocks = [
+        f"blocks.{i}.{name}"
+        for i in range(2)
+        for name in (
+            "norm1.weight",
+            "norm2.weight",
+            "attn.qkv.weight",
+            "attn.qkv.bias",
+            "attn.q_norm.weight",
+            "attn.k_norm.weight",
+            "attn.proj.weight",
+            "attn.proj.bias",
+            "mlp.w12.weight",
+            "mlp.w12.bias",
+            "mlp.w3.weight",
+            "mlp.w3.bias",
+            "adaLN_modulation.1.weight",
+            "adaLN_modulation.1.bias",
+        )
+    ]
+    rest = [
+        "t_embedder.mlp.0.weight",
+        "t_embedder.mlp.0.bias",
+        "t_embedder.mlp.2.weight",
+        "t_embedder.mlp.2.bias",
+        "y_embedder.embedding_table.weight",
+        "final_layer.norm_final.weight",
+        "final_layer.linear.weight",
+        "final_layer.linear.bias",
+        "final_layer.adaLN_modulation.1.weight",
+        "final_layer.adaLN_modulation.1.bias",
+    ]
     two = ["x_embedder.proj1.weight", "x_embedder.proj2.weight", "x_embedder.proj2.bias"]
     assert set(tiny_net().state_dict()) == {*blocks, *rest, *two}
-    assert set(tiny_net(bottleneck=0).state_dict()) == {*blocks, *rest, "x_embedder.proj.weight", "x_embedder.proj.bias"}
+    assert set(tiny_net(bottleneck=0).state_dict()) == {
+        *blocks,
+        *rest,
+        "x_embedder.proj.weight",
+        "x_embedder.proj.bias",
+    }
 
 
 def test_initialisation():
@@ -103,8 +151,12 @@ def test_initialisation():
         assert weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     for weight in (net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight, net.y_embedder.embedding_table.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)
-    zero = [*(m.bias for m in net.modules() if getattr(m, "bias", None) is not None), net.final_layer.linear.weight,
-            net.blocks[0].adaLN_modulation[1].weight, net.final_layer.adaLN_modulation[1].weight]
+    zero = [
+        *(m.bias for m in net.modules() if getattr(m, "bias", None) is not None),
+        net.final_layer.linear.weight,
+        net.blocks[0].adaLN_modulation[1].weight,
+        net.final_layer.adaLN_modulation[1].weight,
+    ]
     assert all(not p.any() for p in zero)
 
 
@@ -113,7 +165,7 @@ def test_new_network_predicts_zero_and_its_loss_is_known(target):
     x, y, t, e = rows(4)
     denoiser = Denoiser(tiny_net(), target, "v")
     assert not denoiser.net(x, t, y).any()
-    w = {"x": 1 / (1 - t) ** 2, "v": torch.ones(4), "eps": 1 / t ** 2}[target]
+    w = {"x": 1 / (1 - t) ** 2, "v": torch.ones(4), "eps": 1 / t**2}[target]
     wanted = {"x": x, "v": x - e, "eps": e}[target]
     expected = (w * wanted.square().mean(dim=(1, 2, 3))).mean()
     torch.testing.assert_close(denoiser(x, y, t, e), expected)
@@ -145,7 +197,7 @@ def test_rotary_embedding_against_complex_rotation():
 
 
 def test_network_against_plain_formulas():
-    """The whole forward pass, restated with explicit matrices, one head and one token at a time where that is clearer."""
+    """The whole forward pass, restated with explicit matrices, one head at a time."""
     net = awake(tiny_net(patch=2, size=4))
     z, y, t, _ = rows(2, size=4)
     s = net.state_dict()
@@ -155,6 +207,7 @@ def test_network_against_plain_formulas():
 
     def linear(x, name):
         return x @ s[name + ".weight"].flatten(1).T + s.get(name + ".bias", torch.zeros(()))
+
     frequency = 10000 ** (-torch.arange(128) / 128)
     angle = t[:, None] * frequency
     c = linear(F.silu(linear(torch.cat([angle.cos(), angle.sin()], 1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
@@ -200,8 +253,10 @@ def test_bf16_autocast_stays_close_to_fp32():
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py: the objective
 
+
 class Oracle(torch.nn.Module):
     """A "network" that knows the answer."""
+
     num_classes = 5
 
     def __init__(self, answer):
@@ -232,9 +287,11 @@ def test_weights_equal_losses_of_converted_predictions(target, loss):
 def test_loss_weights_are_the_table_with_floored_denominators(target):
     t = torch.tensor([0.001, 0.01, 0.3, 0.97, 0.999])
     a, b = (1 - t).clamp(min=0.05), t.clamp(min=0.05)
-    table = {"x": {"v": 1 / a ** 2, "x": t * 0 + 1, "eps": (t / a) ** 2},
-             "v": {"v": t * 0 + 1, "x": (1 - t) ** 2, "eps": t ** 2},
-             "eps": {"v": 1 / b ** 2, "x": ((1 - t) / b) ** 2, "eps": t * 0 + 1}}
+    table = {
+        "x": {"v": 1 / a**2, "x": t * 0 + 1, "eps": (t / a) ** 2},
+        "v": {"v": t * 0 + 1, "x": (1 - t) ** 2, "eps": t**2},
+        "eps": {"v": 1 / b**2, "x": ((1 - t) / b) ** 2, "eps": t * 0 + 1},
+    }
     for loss in TARGETS:
         torch.testing.assert_close(Denoiser(Oracle(None), target, loss).loss_weight(t), table[target][loss])
 
@@ -248,7 +305,9 @@ def test_oracles_of_all_targets_give_the_same_velocity():
             torch.testing.assert_close(denoiser.velocity(z, t, y), x - e, atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(denoiser.velocity(z, torch.full((5,), t), y), x - e, atol=2e-5, rtol=1e-4)
     z = torch.ones(1, 3, 8, 8)
-    assert Denoiser(Oracle(0 * z), "x").velocity(z, 0.99, y[:1]).unique().item() == pytest.approx(-1 / 0.05)  # the floor
+    assert Denoiser(Oracle(0 * z), "x").velocity(z, 0.99, y[:1]).unique().item() == pytest.approx(
+        -1 / 0.05
+    )  # the floor
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -281,6 +340,7 @@ def test_label_dropout_rate_and_eval_mode():
         def forward(self, z, t, y):
             seen.append(y)
             return z
+
     denoiser = Denoiser(Spy(None), label_drop=0.1)
     x, y = torch.zeros(20_000, 1, 1, 1), torch.zeros(20_000, dtype=torch.int64)
     torch.manual_seed(0)
@@ -302,8 +362,8 @@ def test_wrong_sizes_are_refused():
 
 
 def test_gaussian_theory():
-    """x ~ N(0, λ) and e ~ N(0, 1) in one direction: covariances of the targets, their Bayes estimators given z, and what
-    stays unknown, by regression on many draws (an estimator linear in z is its slope)."""
+    """x ~ N(0, λ) and e ~ N(0, 1) in one direction: covariances of the targets, their Bayes estimators given z, and
+    what stays unknown, by regression on many draws (an estimator linear in z is its slope)."""
     g = torch.Generator().manual_seed(0)
     for lam, t in ((4.0, 0.3), (0.25, 0.6), (0.01, 0.5)):
         x = math.sqrt(lam) * torch.randn(1_000_000, generator=g, dtype=torch.float64)
@@ -318,11 +378,12 @@ def test_gaussian_theory():
             left[name] = (truth - slope * z).var()
         assert v.var().item() == pytest.approx(lam + 1, rel=0.01)
         assert (left["v"] / left["x"]).item() == pytest.approx(1 / (1 - t) ** 2, rel=1e-3)
-        assert (left["eps"] / left["x"]).item() == pytest.approx(t ** 2 / (1 - t) ** 2, rel=1e-3)
+        assert (left["eps"] / left["x"]).item() == pytest.approx(t**2 / (1 - t) ** 2, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # vae.py: codecs, pictures, the cache
+
 
 def vae_picture(path, size=(40, 32), seed=0):
     """A file of random pixels, smooth enough for JPEG."""
@@ -361,6 +422,7 @@ def vae_foreign(folder, shards, **more):
 def vae_tiny_flux2(folder, **changes):
     """An AutoencoderKLFlux2 small enough for a test, with random weights and statistics, saved by diffusers itself."""
     from diffusers import AutoencoderKLFlux2
+
     torch.manual_seed(0)
     options = dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=6)
     net = AutoencoderKLFlux2(**options | changes).eval()
@@ -482,7 +544,7 @@ def test_center_crop_restated(size):
     side = [round(n * 32 / side.min()) for n in side]
     big = np.asarray(image.resize(side, Image.Resampling.BICUBIC))
     x, y = (side[0] - 32) // 2, (side[1] - 32) // 2
-    assert np.array_equal(out, big[y:y + 32, x:x + 32])
+    assert np.array_equal(out, big[y : y + 32, x : x + 32])
 
 
 def vae_seen(tmp_path, image, name="a.png", **options):
@@ -497,7 +559,7 @@ def test_pictures_of_every_mode_as_a_viewer_shows_them(tmp_path):
     spread = np.repeat(grey[..., None], 3, 2)
 
     def on_white(colour):
-        return (colour * (alpha / 255) + 255 * (1 - alpha / 255))
+        return colour * (alpha / 255) + 255 * (1 - alpha / 255)
 
     seen = functools.partial(vae_seen, tmp_path)
     assert np.array_equal(seen(Image.fromarray(rgb)), rgb)
@@ -511,7 +573,7 @@ def test_pictures_of_every_mode_as_a_viewer_shows_them(tmp_path):
     palette.putpalette(colours.tobytes())
     assert np.array_equal(seen(palette), colours[grey // 64])
     hole = np.where((grey // 64 == 2)[..., None], 255, colours[grey // 64])
-    assert np.array_equal(seen(palette, transparency=2), hole)              # one palette entry is clear
+    assert np.array_equal(seen(palette, transparency=2), hole)  # one palette entry is clear
     assert np.array_equal(seen(palette, "a.gif", transparency=2), hole)
     assert np.array_equal(seen(palette, transparency=b"\xff\xff\x00\xff"), hole)
     clear = tuple(int(n) for n in rgb[2, 3])
@@ -541,8 +603,16 @@ def test_pictures_of_every_mode_as_a_viewer_shows_them(tmp_path):
     assert np.array_equal(seen(frames[0], save_all=True, append_images=frames[1:]), rgb)  # animated: the first frame
     assert np.array_equal(seen(frames[0], "a.webp", save_all=True, append_images=frames[1:], lossless=True), rgb)
 
-    turned = {1: rgb, 2: rgb[:, ::-1], 3: rgb[::-1, ::-1], 4: rgb[::-1], 5: rgb.transpose(1, 0, 2),
-              6: np.rot90(rgb, -1), 7: np.rot90(rgb, 2).transpose(1, 0, 2), 8: np.rot90(rgb)}
+    turned = {
+        1: rgb,
+        2: rgb[:, ::-1],
+        3: rgb[::-1, ::-1],
+        4: rgb[::-1],
+        5: rgb.transpose(1, 0, 2),
+        6: np.rot90(rgb, -1),
+        7: np.rot90(rgb, 2).transpose(1, 0, 2),
+        8: np.rot90(rgb),
+    }
     for orientation, wanted in turned.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -671,7 +741,7 @@ def test_cache_with_other_settings_is_left_alone(tmp_path):
 def test_unreadable_images_are_listed_and_survived(tmp_path, capsys):
     images = vae_folder(tmp_path / "images")
     whole = (images / "cat" / "00.png").read_bytes()
-    (images / "cat" / "01.png").write_bytes(whole[:len(whole) // 2])
+    (images / "cat" / "01.png").write_bytes(whole[: len(whole) // 2])
     (images / "dog" / "00.png").write_bytes(b"")
     (images / "dog" / os.fsdecode(b"\xff\xfe \xe9.png")).symlink_to("nowhere")  # a name that is not UTF-8
     data = vae_write(images, tmp_path / "cache")
@@ -701,14 +771,21 @@ def test_our_shards_read_as_lightningdit_reads_them(tmp_path):
     assert (settings["shard"], settings["shards"], settings["images"], settings["flip"]) == (1, 4, 14, True)
 
 
-@pytest.mark.parametrize("dtype, labels", [(torch.float32, torch.int32), (torch.float16, torch.int64),
-                                           (torch.bfloat16, torch.int64)])
+@pytest.mark.parametrize(
+    "dtype, labels", [(torch.float32, torch.int32), (torch.float16, torch.int64), (torch.bfloat16, torch.int64)]
+)
 def test_foreign_caches_batch_for_batch(tmp_path, dtype, labels):
     """By rank and number (2 before 10, rank 1 after rank 0), normalised where their statistics lie beside them."""
     torch.manual_seed(0)
     order = [(0, 2), (0, 10), (1, 0)]
-    shards = {at: {"latents": torch.randn(3, 4, 2, 2).to(dtype), "latents_flip": torch.randn(3, 4, 2, 2).to(dtype),
-                   "labels": torch.randint(0, 9, (3,)).to(labels)} for at in order}
+    shards = {
+        at: {
+            "latents": torch.randn(3, 4, 2, 2).to(dtype),
+            "latents_flip": torch.randn(3, 4, 2, 2).to(dtype),
+            "labels": torch.randint(0, 9, (3,)).to(labels),
+        }
+        for at in order
+    }
     stats = {"mean": torch.randn(1, 4, 1, 1), "std": torch.rand(1, 4, 1, 1) + 0.5}
     raw = LatentDataset(vae_foreign(tmp_path / "raw", shards))
     scaled = LatentDataset(vae_foreign(tmp_path / "scaled", shards, latents_stats=stats))
@@ -752,15 +829,25 @@ def test_damaged_caches_are_refused_by_name(tmp_path):
 
     refused("shard00002.*bytes, expected", good[:-5])
     refused("shard00002.*bytes, expected", good + b"x")
-    for data in (b"", good[:4], good[:100], b"\xff" * 300, (2).to_bytes(8, "little") + b"[]",
-                 good.replace(b'"F16"', b'"F99"')):
+    for data in (
+        b"",
+        good[:4],
+        good[:100],
+        b"\xff" * 300,
+        (2).to_bytes(8, "little") + b"[]",
+        good.replace(b'"F16"', b'"F99"'),
+    ):
         refused("shard00002", data)
     tensors, metadata = load_file(path), read_metadata(path)
     for change in ({"labels": torch.tensor([0, 0, 0, 2])}, {"labels": torch.tensor([0, -1, 0, 0])}):
         save_file(tensors | change, path, metadata)
         refused("labels from")
-    for change in ({"labels": torch.zeros(3).long()}, {"labels": torch.zeros(4)},
-                   {"latents": torch.zeros(4, 3, 256).half()}, {"latents_flip": torch.zeros(4, 3, 8, 8).half()}):
+    for change in (
+        {"labels": torch.zeros(3).long()},
+        {"labels": torch.zeros(4)},
+        {"latents": torch.zeros(4, 3, 256).half()},
+        {"latents_flip": torch.zeros(4, 3, 8, 8).half()},
+    ):
         save_file(tensors | change, path, metadata)
         refused("shard00002")
     save_file({k: v[:, :, :8, :8].contiguous() if v.ndim == 4 else v for k, v in tensors.items()}, path, metadata)
@@ -833,16 +920,25 @@ def test_vae_program_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for arguments, word in (
-            (["--images", "missing"], "no such folder"), (["--images", "x" * 5000], "no such folder"),
-            (["--images", "empty"], "no class folders"), (["--images", "flat"], "no class folders"),
-            (["--images", "hole"], "a class folder without images"), (["--images", "a file"], "no such folder"),
-            (["--images", "junk"], "not one of 1 images"), ([], "--images"),
-            (["--images", images, "--colour"], "--colour"), (["--images", images, "--vae", "nonsense"], "nonsense"),
-            (["--images", images, "--size", "0"], "--size"), (["--images", images, "--size", "x"], "--size"),
-            (["--images", images, "--batch", "17"], "--batch"), (["--images", images, "--dtype", "fp16"], "black"),
-            (["--images", images, "--vae", "empty"], "config.json"),
-            (["--images", images, "--out", "a file"], "a file"), (["--images", images, "--out", images], "inside"),
-            (["--images", images, "--out", "y" * 300], "cannot be written")):
+        (["--images", "missing"], "no such folder"),
+        (["--images", "x" * 5000], "no such folder"),
+        (["--images", "empty"], "no class folders"),
+        (["--images", "flat"], "no class folders"),
+        (["--images", "hole"], "a class folder without images"),
+        (["--images", "a file"], "no such folder"),
+        (["--images", "junk"], "not one of 1 images"),
+        ([], "--images"),
+        (["--images", images, "--colour"], "--colour"),
+        (["--images", images, "--vae", "nonsense"], "nonsense"),
+        (["--images", images, "--size", "0"], "--size"),
+        (["--images", images, "--size", "x"], "--size"),
+        (["--images", images, "--batch", "17"], "--batch"),
+        (["--images", images, "--dtype", "fp16"], "black"),
+        (["--images", images, "--vae", "empty"], "config.json"),
+        (["--images", images, "--out", "a file"], "a file"),
+        (["--images", images, "--out", images], "inside"),
+        (["--images", images, "--out", "y" * 300], "cannot be written"),
+    ):
         assert vae_main(arguments + ["--vae", "pixels"] * ("--vae" not in arguments)) == 2, arguments
         error = capsys.readouterr().err.splitlines()
         assert len(error) == 1 and word in error[0], (arguments, error)
@@ -857,10 +953,16 @@ def test_vae_program_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, 
 def test_a_full_disk_is_one_line_and_leaves_no_half_shard(tmp_path, capsys, monkeypatch):
     """A file-size limit stands in for the disk."""
     images = vae_folder(tmp_path / "images", 3, size=(64, 64))
-    code = ("import resource, signal, sys, vae; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); sys.exit(vae.main(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", code, "--images", images, "--out", tmp_path / "out", "--vae", "pixels",
-                           "--size", "64"], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
+    code = (
+        "import resource, signal, sys, vae; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); sys.exit(vae.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--images", images, "--out", tmp_path / "out", "--vae", "pixels", "--size", "64"],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parent,
+    )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert not list((tmp_path / "out").glob("*latents*")) and not list((tmp_path / "out").glob(".tmp*"))
 
@@ -881,6 +983,7 @@ def test_digits_are_drawn_the_same_from_a_seed(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # sample.py: the ODE, guidance, files, pictures
 
+
 class Gaussian:
     """The exact denoiser of data x ~ N(0, λ): the network that training would converge to, for any target."""
 
@@ -899,18 +1002,22 @@ def test_ode_lands_on_the_gaussian(target, method, order):
     """The flow of a Gaussian is linear: noise z lands exactly on sqrt(λ) z; the error falls as 1/steps^order."""
     z, lam = torch.randn(64, dtype=torch.float64), 4.0
     error = [(ode_sample(Gaussian(lam, target).velocity, z, n, method) - 2 * z).norm().item() for n in (40, 80, 160)]
-    assert error[0] / error[1] == pytest.approx(2 ** order, rel=0.15)
-    assert error[1] / error[2] == pytest.approx(2 ** order, rel=0.1)
+    assert error[0] / error[1] == pytest.approx(2**order, rel=0.15)
+    assert error[1] / error[2] == pytest.approx(2**order, rel=0.1)
     assert error[2] < 0.05 * z.norm().item()
 
 
 def test_floor_of_the_sampler_leaves_some_noise_and_takes_some_contrast():
     """FACTS of the floor at 50 steps, for data without (λ = 0) and with (λ = 1) variance."""
     z = torch.randn(1000, dtype=torch.float64)
-    left = {floor: ode_sample(Gaussian(0.0, "x", floor).velocity, z, 50, "heun").norm() / z.norm() for floor in (0, 0.05)}
+    left = {
+        floor: ode_sample(Gaussian(0.0, "x", floor).velocity, z, 50, "heun").norm() / z.norm() for floor in (0, 0.05)
+    }
     assert left[0] < 1e-9 and 0.01 < left[0.05] < 0.025
-    kept = {target: (ode_sample(Gaussian(1.0, target, 0.05).velocity, z, 50, "heun").norm() / z.norm()).item()
-            for target in TARGETS}
+    kept = {
+        target: (ode_sample(Gaussian(1.0, target, 0.05).velocity, z, 50, "heun").norm() / z.norm()).item()
+        for target in TARGETS
+    }
     assert kept["x"] == pytest.approx(0.978, abs=0.002)
     assert kept["eps"] == pytest.approx(1.026, abs=0.002)
     assert kept["v"] == pytest.approx(1.000, abs=0.002)
@@ -923,6 +1030,7 @@ def test_evaluations_are_counted_as_in_the_paper():
         def velocity(self, z, t, y):
             asked.append((t, len(z)))
             return torch.zeros_like(z)
+
     y = torch.zeros(3, dtype=torch.int64)
     z = torch.zeros(3, 1, 1, 1)
 
@@ -930,6 +1038,7 @@ def test_evaluations_are_counted_as_in_the_paper():
         asked.clear()
         ode_sample(guided_velocity(Counter(Oracle(None)), y, **guidance), z, steps, method)
         return len(asked), sum(size == 6 for _, size in asked)
+
     assert count(50, "heun", cfg=2.9, interval=(0.1, 1.0)) == (99, 88)
     assert count(50, "heun", cfg=2.9, interval=(0.0, 1.0)) == (99, 99)
     assert count(50, "heun", cfg=1.0, interval=(0.0, 1.0)) == (99, 0)
@@ -943,8 +1052,12 @@ def test_guidance_one_is_conditional_and_zero_is_unconditional():
     plain, nobody = denoiser.velocity(z, 0.5, y), denoiser.velocity(z, 0.5, torch.full_like(y, 5))
     torch.testing.assert_close(guided_velocity(denoiser, y, 1.0)(z, 0.5), plain)
     torch.testing.assert_close(guided_velocity(denoiser, y, 0.0)(z, 0.5), nobody)
-    torch.testing.assert_close(guided_velocity(denoiser, y, 3.0)(z, 0.5), nobody + 3 * (plain - nobody), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(guided_velocity(denoiser, y, 3.0)(z, 0.1), denoiser.velocity(z, 0.1, y))  # 0.1 < t, strictly
+    torch.testing.assert_close(
+        guided_velocity(denoiser, y, 3.0)(z, 0.5), nobody + 3 * (plain - nobody), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        guided_velocity(denoiser, y, 3.0)(z, 0.1), denoiser.velocity(z, 0.1, y)
+    )  # 0.1 < t, strictly
     assert (plain - nobody).abs().max() > 1e-3
 
 
@@ -956,7 +1069,7 @@ def test_pictures_depend_on_seed_and_index_alone():
     assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01
     other = generate(denoiser, vae, range(7), classes, seed=6, cfg=2.0, steps=6)
     assert (other != together).float().mean() > 0.5
-    noise = image_noise(5, [3, 2 ** 40], (3, 8, 8))
+    noise = image_noise(5, [3, 2**40], (3, 8, 8))
     assert torch.equal(noise[0], image_noise(5, [3], (3, 8, 8))[0]) and noise.dtype == torch.float32
     assert abs(image_noise(0, range(100), (3, 8, 8)).std().item() - 1) < 0.02
 
@@ -964,10 +1077,28 @@ def test_pictures_depend_on_seed_and_index_alone():
 def save_tiny(path, net=None, **settings):
     net = net or awake(tiny_net())
     averages = [awake(tiny_net(), seed=1), awake(tiny_net(), seed=2)]
-    base = dict(target="x", loss="v", P_mean=-0.8, P_std=0.8, t_eps=0.05, label_drop=0.1, input_size=8, step=100,
-                ema=[0.9, 0.99], vae={"kind": "pixels", "id": "pixels"}, hint=None, size=8, class_names=list("abcde"),
-                cfg=1.5, interval=[0.1, 1.0], model="T", patch=2)
-    save_checkpoint(path, tensors_of(net, averages) | {f"model.{k}": v for k, v in net.state_dict().items()}, base | settings)
+    base = dict(
+        target="x",
+        loss="v",
+        P_mean=-0.8,
+        P_std=0.8,
+        t_eps=0.05,
+        label_drop=0.1,
+        input_size=8,
+        step=100,
+        ema=[0.9, 0.99],
+        vae={"kind": "pixels", "id": "pixels"},
+        hint=None,
+        size=8,
+        class_names=list("abcde"),
+        cfg=1.5,
+        interval=[0.1, 1.0],
+        model="T",
+        patch=2,
+    )
+    save_checkpoint(
+        path, tensors_of(net, averages) | {f"model.{k}": v for k, v in net.state_dict().items()}, base | settings
+    )
     return net, averages
 
 
@@ -990,17 +1121,28 @@ def test_checkpoint_files_are_atomic_and_keep_the_one_before(tmp_path, monkeypat
     def full_disk(tensors, where, header):
         pathlib.Path(where).write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr("lib.checkpoint.save_file", full_disk)
     with pytest.raises(RunFailed, match="No space left"):
         save_checkpoint(path, {"model.a": torch.zeros(2)}, {"step": 3}, keep=previous)
-    assert read_checkpoint(path)[1] == {"step": 2} and sorted(os.listdir(tmp_path)) == ["last.safetensors", "previous.safetensors"]
+    assert read_checkpoint(path)[1] == {"step": 2} and sorted(os.listdir(tmp_path)) == [
+        "last.safetensors",
+        "previous.safetensors",
+    ]
 
 
 def release_layout(net, **args):
-    weights = {f"net.{name}": value for name, value in net.state_dict().items()} | {"net.mask_token": torch.zeros(1, 1, 4)}
-    return {"model": {k: v.bfloat16() for k, v in weights.items()}, "model_ema1": weights,
-            "model_ema2": {k: v * 0.5 for k, v in weights.items()}, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
-            "epoch": 3, "args": argparse.Namespace(img_size=128, **args)}
+    weights = {f"net.{name}": value for name, value in net.state_dict().items()} | {
+        "net.mask_token": torch.zeros(1, 1, 4)
+    }
+    return {
+        "model": {k: v.bfloat16() for k, v in weights.items()},
+        "model_ema1": weights,
+        "model_ema2": {k: v * 0.5 for k, v in weights.items()},
+        "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+        "epoch": 3,
+        "args": argparse.Namespace(img_size=128, **args),
+    }
 
 
 def test_published_checkpoint_loads_as_it_is(tmp_path):
@@ -1015,7 +1157,9 @@ def test_published_checkpoint_loads_as_it_is(tmp_path):
     torch.testing.assert_close(denoiser.net(z, t, y), net(z, t, y))
     half = load_denoiser(path, "model")
     assert all(p.dtype == torch.float32 for p in half.parameters())
-    torch.testing.assert_close(half.net.state_dict()["blocks.0.attn.qkv.weight"], net.blocks[0].attn.qkv.weight.bfloat16().float())
+    torch.testing.assert_close(
+        half.net.state_dict()["blocks.0.attn.qkv.weight"], net.blocks[0].attn.qkv.weight.bfloat16().float()
+    )
     assert torch.equal(load_denoiser(path, "ema2").net.x_embedder.proj.weight, net.x_embedder.proj.weight * 0.5)
     torch.save(release_layout(net), path)
     with pytest.raises(BadInput, match="--target"):
@@ -1035,6 +1179,7 @@ def test_malicious_pickle_is_refused_without_running(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/ran",)
+
     with open(tmp_path / "evil.pth", "wb") as file:
         pickle.dump({"model": Evil()}, file)
     torch.save({"model": {}, "args": Evil()}, tmp_path / "evil2.pth")
@@ -1044,11 +1189,18 @@ def test_malicious_pickle_is_refused_without_running(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda s: s.pop("blocks.1.mlp.w3.bias"), "blocks.1.mlp.w3.bias is missing"),
-    (lambda s: s.update({"pos_embed": torch.zeros(3)}), "pos_embed is unknown"),
-    (lambda s: s.update({"blocks.0.norm1.weight": torch.zeros(3)}), "blocks.0.norm1.weight does not have the shape"),
-    (lambda s: s.clear(), "not the weights of a JLT")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s: s.pop("blocks.1.mlp.w3.bias"), "blocks.1.mlp.w3.bias is missing"),
+        (lambda s: s.update({"pos_embed": torch.zeros(3)}), "pos_embed is unknown"),
+        (
+            lambda s: s.update({"blocks.0.norm1.weight": torch.zeros(3)}),
+            "blocks.0.norm1.weight does not have the shape",
+        ),
+        (lambda s: s.clear(), "not the weights of a JLT"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, change, said):
     state = dict(tiny_net().state_dict())
     change(state)
@@ -1090,24 +1242,40 @@ def test_newest_checkpoint_is_the_newest_run(tmp_path, monkeypatch):
     assert sample.newest_checkpoint("model") == pathlib.Path("out/a/previous.safetensors")
 
 
-@pytest.mark.parametrize("flags, said", [
-    ([], "python train.py --demo"), (["--ckpt", "none.safetensors"], "no such checkpoint"),
-    (["--ckpt", "text.safetensors"], "not a whole"), (["--ckpt", "cut.safetensors"], "not a whole"),
-    (["--ckpt", "text.pth"], "not a checkpoint of plain tensors"), (["--ckpt", "."], "no such checkpoint file"),
-    (["--ckpt", "a.safetensors", "--classes", "zebra"], "class 'zebra'"), (["--ckpt", "a.safetensors", "--classes", "5"], "0 to 4"),
-    (["--ckpt", "a.safetensors", "--cfg", "nan"], "--cfg"), (["--ckpt", "a.safetensors", "--cfg", "x"], "invalid float"),
-    (["--ckpt", "a.safetensors", "--steps", "0"], "1 or more"), (["--ckpt", "a.safetensors", "--seed", "-1"], "0 or more"),
-    (["--ckpt", "a.safetensors", "--interval", "0.9,0.1"], "LOW,HIGH"), (["--ckpt", "a.safetensors", "--interval", "1"], "--interval"),
-    (["--ckpt", "a.safetensors", "--vae", "nowhere"], "nowhere"), (["--ckpt", "a.safetensors", "--out", "no/such/a.png"], "folder"),
-    (["--ckpt", "only.safetensors", "--weights", "ema2"], "--weights"), (["--ckpt", "eps.safetensors", "--t-eps", "0"], "--t-eps 0"),
-    (["--ckpt", "odd.safetensors"], "make no sense"), (["--frobnicate"], "--frobnicate")])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], "python train.py --demo"),
+        (["--ckpt", "none.safetensors"], "no such checkpoint"),
+        (["--ckpt", "text.safetensors"], "not a whole"),
+        (["--ckpt", "cut.safetensors"], "not a whole"),
+        (["--ckpt", "text.pth"], "not a checkpoint of plain tensors"),
+        (["--ckpt", "."], "no such checkpoint file"),
+        (["--ckpt", "a.safetensors", "--classes", "zebra"], "class 'zebra'"),
+        (["--ckpt", "a.safetensors", "--classes", "5"], "0 to 4"),
+        (["--ckpt", "a.safetensors", "--cfg", "nan"], "--cfg"),
+        (["--ckpt", "a.safetensors", "--cfg", "x"], "invalid float"),
+        (["--ckpt", "a.safetensors", "--steps", "0"], "1 or more"),
+        (["--ckpt", "a.safetensors", "--seed", "-1"], "0 or more"),
+        (["--ckpt", "a.safetensors", "--interval", "0.9,0.1"], "LOW,HIGH"),
+        (["--ckpt", "a.safetensors", "--interval", "1"], "--interval"),
+        (["--ckpt", "a.safetensors", "--vae", "nowhere"], "nowhere"),
+        (["--ckpt", "a.safetensors", "--out", "no/such/a.png"], "folder"),
+        (["--ckpt", "only.safetensors", "--weights", "ema2"], "--weights"),
+        (["--ckpt", "eps.safetensors", "--t-eps", "0"], "--t-eps 0"),
+        (["--ckpt", "odd.safetensors"], "make no sense"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
 def test_sample_program_refuses_in_one_line(tmp_path, monkeypatch, capsys, flags, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     save_tiny("a.safetensors")
     save_tiny("eps.safetensors", target="eps")
     save_tiny("odd.safetensors", target="y")
-    save_checkpoint("only.safetensors", tensors_of(tiny_net(), [tiny_net()]), {"target": "x", "input_size": 8, "step": 1})
+    save_checkpoint(
+        "only.safetensors", tensors_of(tiny_net(), [tiny_net()]), {"target": "x", "input_size": 8, "step": 1}
+    )
     pathlib.Path("text.safetensors").write_text("hello")
     pathlib.Path("text.pth").write_text("hello")
     pathlib.Path("cut.safetensors").write_bytes(pathlib.Path("a.safetensors").read_bytes()[:5000])
@@ -1120,6 +1288,7 @@ def test_sample_program_refuses_in_one_line(tmp_path, monkeypatch, capsys, flags
 
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py: what is trained on, the loop, a run that cannot be lost
+
 
 def small_cache(folder, n=40, size=8, classes=4, mirrored=True, seed=0):
     """A pixels cache of random pictures, written by vae.py's own writer."""
@@ -1135,9 +1304,34 @@ def small_cache(folder, n=40, size=8, classes=4, mirrored=True, seed=0):
 
 def flags(cache, out, *more, steps=6):
     """A run of seconds: the T model on 4 tokens."""
-    return ["--latents", str(cache), "--model", "T", "--patch", "4", "--steps", str(steps), "--batch", "8", "--lr", "1e-3",
-            "--warmup", "0.4", "--ema", "0.9", "0.5", "--out", str(out), "--save-every", "2", "--log-every", "1",
-            "--sample-every", "4", *map(str, more)]
+    return [
+        "--latents",
+        str(cache),
+        "--model",
+        "T",
+        "--patch",
+        "4",
+        "--steps",
+        str(steps),
+        "--batch",
+        "8",
+        "--lr",
+        "1e-3",
+        "--warmup",
+        "0.4",
+        "--ema",
+        "0.9",
+        "0.5",
+        "--out",
+        str(out),
+        "--save-every",
+        "2",
+        "--log-every",
+        "1",
+        "--sample-every",
+        "4",
+        *map(str, more),
+    ]
 
 
 def log_rows(out):
@@ -1155,14 +1349,28 @@ def same_run(a, b):
 
 def torchrun(ranks, *command, **env):
     """Run a program of ours on several gloo ranks; returns the finished process."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                           *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            *map(str, command),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env,
+    )
 
 
 def test_stream_shows_every_image_once_an_epoch():
     order = train.stream(3, np.arange(30), 10)
-    assert all(sorted(order[k:k + 10]) == list(range(10)) for k in (0, 10, 20)) and list(order[:10]) != list(order[10:20])
+    assert all(sorted(order[k : k + 10]) == list(range(10)) for k in (0, 10, 20)) and list(order[:10]) != list(
+        order[10:20]
+    )
     assert np.array_equal(train.stream(3, np.arange(7, 23), 10), order[7:23])  # however it is cut
     assert set(train.stream(0, np.arange(5), 1)) == {0}
 
@@ -1170,12 +1378,16 @@ def test_stream_shows_every_image_once_an_epoch():
 def test_draws_and_noise_follow_from_seed_step_and_place():
     whole = train.step_noise(1, 2, 0, 50, (3, 2, 2), "cpu")
     for first, count in ((0, 7), (7, 9), (15, 2), (16, 34), (49, 1)):
-        assert torch.equal(train.step_noise(1, 2, first, count, (3, 2, 2), "cpu"), whole[first:first + count])
+        assert torch.equal(train.step_noise(1, 2, first, count, (3, 2, 2), "cpu"), whole[first : first + count])
     assert not torch.equal(train.step_noise(1, 3, 0, 50, (3, 2, 2), "cpu"), whole)
     many = train.step_noise(0, 0, 0, 4096, (4, 4), "cpu")
     assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02 and abs((many[1:] * many[:-1]).mean()) < 0.02
     normals, hide, flip = train.draws(0, 5, 10_000)
-    assert abs(normals.std() - 1) < 0.03 and abs((hide < 0.1).mean() - 0.1) < 0.01 and abs((flip < 0.5).mean() - 0.5) < 0.02
+    assert (
+        abs(normals.std() - 1) < 0.03
+        and abs((hide < 0.1).mean() - 0.1) < 0.01
+        and abs((flip < 0.5).mean() - 0.5) < 0.02
+    )
 
 
 def test_learning_rate_schedule():
@@ -1206,7 +1418,7 @@ def test_a_step_is_adamw_clip_and_ema_written_plainly(tmp_path):
     optimizer = torch.optim.AdamW(denoiser.net.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=False)
     losses = []
     for step in range(3):
-        order = np.random.default_rng([0, 0, 0]).permutation(40)[step * 8:step * 8 + 8]
+        order = np.random.default_rng([0, 0, 0]).permutation(40)[step * 8 : step * 8 + 8]
         rng = np.random.default_rng([0, 1, step])
         t = torch.sigmoid(-0.8 + 0.8 * torch.from_numpy(rng.standard_normal(8, dtype=np.float32)))
         hide, flip = torch.from_numpy(rng.random(8) < 0.1), rng.random(8) < 0.5
@@ -1244,12 +1456,24 @@ def test_run_leaves_what_it_promises(tmp_path, capsys):
     assert train.main(flags(cache, out, "--val", cache, "--keep-every", 3)) == 0
     text = capsys.readouterr().out
     assert "warm-up 2 steps" in text and "done" in text
-    assert sorted(os.listdir(out)) == [".lock", "ema-step0000003.safetensors", "ema-step0000006.safetensors", "ema.safetensors",
-                                       "last.safetensors", "log.csv", "previous.safetensors", "samples"]
+    assert sorted(os.listdir(out)) == [
+        ".lock",
+        "ema-step0000003.safetensors",
+        "ema-step0000006.safetensors",
+        "ema.safetensors",
+        "last.safetensors",
+        "log.csv",
+        "previous.safetensors",
+        "samples",
+    ]
     assert sorted(os.listdir(out / "samples")) == ["step0000004.png", "step0000006.png"]
     with open(out / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == list("123456") and rows[3]["fit"] == rows[3]["val"] != "" and rows[0]["fit"] == ""
+    assert (
+        [row["step"] for row in rows] == list("123456")
+        and rows[3]["fit"] == rows[3]["val"] != ""
+        and rows[0]["fit"] == ""
+    )
     full, light = read_checkpoint(out / "last.safetensors"), read_checkpoint(out / "ema.safetensors")
     assert light[1] == full[1] and all(torch.equal(v, full[0][k]) for k, v in light[0].items())
     assert {k.split(".")[0] for k in light[0]} == {"ema", "ema2"} and full[1]["step"] == 6
@@ -1271,6 +1495,7 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch)
 
         number = property(lambda self: self.steps and 15 if next(self.count) >= 3 else 0, lambda self, value: None)
         steps, count = True, iter(range(100))
+
     monkeypatch.setattr(train, "StopSignal", Stop)
     assert train.main(flags(cache, tmp_path / "b")) == 128 + 15
     step = read_checkpoint(tmp_path / "b" / "last.safetensors")[1]["step"]
@@ -1285,7 +1510,7 @@ def test_damaged_and_missing_checkpoints(tmp_path, capsys):
     a, b = tmp_path / "a", tmp_path / "b"
     assert train.main(flags(cache, a)) == 0 and train.main(flags(cache, b)) == 0
     whole = (b / "last.safetensors").read_bytes()
-    (b / "last.safetensors").write_bytes(whole[:len(whole) // 2])
+    (b / "last.safetensors").write_bytes(whole[: len(whole) // 2])
     assert train.main(flags(cache, b)) == 0
     assert "WARNING" in capsys.readouterr().out
     same_run(a, b)
@@ -1298,8 +1523,20 @@ def test_damaged_and_missing_checkpoints(tmp_path, capsys):
     assert train.main(flags(cache, b)) == 2 and "damaged" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [["--target", "v"], ["--loss", "x"], ["--seed", 1], ["--batch", 4], ["--lr", 2e-3], ["--ema", 0.5],
-                                    ["--patch", 2], ["--warmup", 1], ["--decay", 0.1]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--target", "v"],
+        ["--loss", "x"],
+        ["--seed", 1],
+        ["--batch", 4],
+        ["--lr", 2e-3],
+        ["--ema", 0.5],
+        ["--patch", 2],
+        ["--warmup", 1],
+        ["--decay", 0.1],
+    ],
+)
 def test_another_run_is_refused_by_name(tmp_path_factory, change, capsys, finished):
     cache, out = finished
     assert train.main(flags(cache, out, *change)) == 2
@@ -1318,10 +1555,16 @@ def finished(tmp_path_factory):
 def test_more_steps_may_be_asked_for_until_the_decay_begins(tmp_path, capsys):
     cache = small_cache(tmp_path)
     assert train.main(flags(cache, tmp_path / "a", steps=4)) == 0
-    assert train.main(flags(cache, tmp_path / "a", steps=6)) == 0 and train.main(flags(cache, tmp_path / "b", steps=6)) == 0
+    assert (
+        train.main(flags(cache, tmp_path / "a", steps=6)) == 0
+        and train.main(flags(cache, tmp_path / "b", steps=6)) == 0
+    )
     same_run(tmp_path / "a", tmp_path / "b")
     assert train.main(flags(cache, tmp_path / "c", "--decay", 0.5, steps=4)) == 0
-    assert train.main(flags(cache, tmp_path / "c", "--decay", 0.5, steps=6)) == 2 and "another steps" in capsys.readouterr().err
+    assert (
+        train.main(flags(cache, tmp_path / "c", "--decay", 0.5, steps=6)) == 2
+        and "another steps" in capsys.readouterr().err
+    )
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_many_stop_the_run(tmp_path, monkeypatch, capsys):
@@ -1330,6 +1573,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_many_stop_the_run(tmp_path, mo
 
     def poisoned(seed, step, *rest):
         return real(seed, step, *rest) * (float("nan") if step in bad else 1)
+
     monkeypatch.setattr(train, "step_noise", poisoned)
     bad = {2}
     assert train.main(flags(cache, tmp_path / "a", steps=2)) == 0
@@ -1362,7 +1606,12 @@ def test_killed_runs_continue_bit_for_bit(tmp_path):
     cache = small_cache(tmp_path)
     command = [sys.executable, "train.py", *flags(cache, tmp_path / "b", "--save-every", 1, steps=16)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "train.py", *flags(cache, tmp_path / "a", "--save-every", 1, steps=16)], cwd=ROOT, env=env, check=True)
+    subprocess.run(
+        [sys.executable, "train.py", *flags(cache, tmp_path / "a", "--save-every", 1, steps=16)],
+        cwd=ROOT,
+        env=env,
+        check=True,
+    )
     rng = np.random.default_rng(0)
     for _ in range(3):
         run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -1377,25 +1626,40 @@ def test_killed_runs_continue_bit_for_bit(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_sigterm_saves_and_says_so(tmp_path):
-    cache = small_cache(tmp_path)
-    assert train.main(flags(cache, tmp_path / "a", "--save-every", 100, steps=30)) == 0
-    command = [sys.executable, "train.py", *flags(cache, tmp_path / "b", "--save-every", 100, steps=30)]
-    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
-    seen = 0
-    for line in run.stdout:
-        if line.startswith("step ") and not seen:
-            seen = int(re.search(r"\d+", line).group())
-            run.send_signal(signal.SIGTERM)
-            run.send_signal(signal.SIGTERM)  # delivered twice, as schedulers do
-    assert run.wait() == 128 + signal.SIGTERM
-    subprocess.run(command, cwd=ROOT, env=env, check=True)
-    same_run(tmp_path / "a", tmp_path / "b")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_says_so(name, tmp_path, monkeypatch, capsys, finished):
+    """Sent in the middle of step 3, twice, as schedulers do. The same command continues, bit for bit."""
+    cache, run = finished
+    number, real, before = (
+        getattr(signal, name),
+        train.step_noise,
+        {n: signal.getsignal(n) for n in signal.valid_signals()},
+    )
+
+    def noise(seed, step, *rest):
+        for _ in range(2 * (step == 2)):
+            os.kill(os.getpid(), number)
+        return real(seed, step, *rest)
+
+    monkeypatch.setattr(train, "step_noise", noise)
+    try:
+        assert train.main(flags(cache, tmp_path / "b", "--save-every", 100)) == 128 + number
+        assert "stopped by a signal at step 3, saved" in capsys.readouterr().out
+        assert read_checkpoint(tmp_path / "b" / "last.safetensors")[1]["step"] == 3
+        monkeypatch.undo()
+        assert train.main(flags(cache, tmp_path / "b")) == 0
+        same_run(run, tmp_path / "b")
+    finally:
+        for other, handler in before.items():
+            if handler is not None and other not in (signal.SIGKILL, signal.SIGSTOP):
+                signal.signal(other, handler)
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    code = "import sys, time\nfrom lib.run import lock_folder\nlock = lock_folder(sys.argv[1])\nprint('locked', flush=True)\ntime.sleep(60)"
+    code = (
+        "import sys, time\nfrom lib.run import lock_folder\nlock = lock_folder(sys.argv[1])\n"
+        "print('locked', flush=True)\ntime.sleep(60)"
+    )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     with pytest.raises(BadInput, match=f"pid {other.pid}"):
@@ -1410,7 +1674,10 @@ def test_fine_tuning_with_another_number_of_classes(tmp_path, finished, capsys):
     start = finished[1] / "ema.safetensors"
     assert train.main(flags(cache, tmp_path / "run", "--init", start, "--lr", 0, steps=1)) == 0
     assert "4 classes there, 3 here" in capsys.readouterr().out
-    before, after = load_denoiser(start).net.state_dict(), load_denoiser(tmp_path / "run" / "ema.safetensors").net.state_dict()
+    before, after = (
+        load_denoiser(start).net.state_dict(),
+        load_denoiser(tmp_path / "run" / "ema.safetensors").net.state_dict(),
+    )
     for name, value in before.items():
         assert name.startswith("y_embedder") or torch.equal(value, after[name])
     assert len(after["y_embedder.embedding_table.weight"]) == 4
@@ -1425,19 +1692,43 @@ def test_the_papers_recipe_is_printed_before_it_needs_data(tmp_path, monkeypatch
     for target in TARGETS:
         assert train.main(["--target", target, "--patch", "1"]) == 2
         said = capsys.readouterr()
-        for words in ("250,000 steps of 1024", "lr 0.0002", "warm-up 5 epochs", "EMA 0.9999", "clip 1.0", "P_mean/P_std -0.8/0.8"):
+        for words in (
+            "250,000 steps of 1024",
+            "lr 0.0002",
+            "warm-up 5 epochs",
+            "EMA 0.9999",
+            "clip 1.0",
+            "P_mean/P_std -0.8/0.8",
+        ):
             assert words in said.out
         assert "vae.py --images" in said.err and "--demo" in said.err and said.err.count("\n") == 1
     assert os.listdir(".") == []
 
 
-@pytest.mark.parametrize("bad, said", [
-    (["--patch", "3"], "does not divide"), (["--patch", "0"], "1 or more"), (["--batch", "0"], "1 or more"), (["--steps", "x"], "invalid int"),
-    (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"), (["--ema", "1.5"], "1 or less"), (["--ema", "0.1", "0.2", "0.3"], "at most two"),
-    (["--target", "y"], "invalid choice"), (["--latents", "nowhere"], "no latents at nowhere"), (["--latents", "empty"], "empty"),
-    (["--val", "nowhere"], "nowhere"), (["--init", "nowhere"], "no such checkpoint"), (["--eval-every", "5"], "--ref"),
-    (["--eval-every", "5", "--ref", "nowhere.npz"], "nowhere.npz"), (["--vae", "nowhere"], "nowhere"), (["--seed", "-1"], "0 or more"),
-    (["--model", "Q"], "invalid choice"), (["--decay", "2"], "1 or less")])
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        (["--patch", "3"], "does not divide"),
+        (["--patch", "0"], "1 or more"),
+        (["--batch", "0"], "1 or more"),
+        (["--steps", "x"], "invalid int"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "inf"], "--lr"),
+        (["--ema", "1.5"], "1 or less"),
+        (["--ema", "0.1", "0.2", "0.3"], "at most two"),
+        (["--target", "y"], "invalid choice"),
+        (["--latents", "nowhere"], "no latents at nowhere"),
+        (["--latents", "empty"], "empty"),
+        (["--val", "nowhere"], "nowhere"),
+        (["--init", "nowhere"], "no such checkpoint"),
+        (["--eval-every", "5"], "--ref"),
+        (["--eval-every", "5", "--ref", "nowhere.npz"], "nowhere.npz"),
+        (["--vae", "nowhere"], "nowhere"),
+        (["--seed", "-1"], "0 or more"),
+        (["--model", "Q"], "invalid choice"),
+        (["--decay", "2"], "1 or less"),
+    ],
+)
 def test_train_refuses_in_one_line(tmp_path, monkeypatch, capsys, finished, bad, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -1446,7 +1737,9 @@ def test_train_refuses_in_one_line(tmp_path, monkeypatch, capsys, finished, bad,
     assert train.main(flags(finished[0], "run", *bad)) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
-    assert [name for name in os.listdir(".") if name != "empty"] in ([], ["run"]) and os.listdir("run" if os.path.isdir("run") else "empty") in ([], [".lock"])
+    assert [name for name in os.listdir(".") if name != "empty"] in ([], ["run"]) and os.listdir(
+        "run" if os.path.isdir("run") else "empty"
+    ) in ([], [".lock"])
 
 
 def test_ranks_must_divide_the_batch(monkeypatch, capsys, finished):
@@ -1464,10 +1757,18 @@ def test_foreign_caches_train_as_they_are(tmp_path, capsys, layout):
     normalised = (raw - 3) / 2
     for k in range(2):
         part, stored = slice(12 * k, 12 * k + 12), raw if layout == "lightningdit" else normalised.half()
-        save_file({"latents": stored[part].clone(), "latents_flip": stored[part].flip(-1).clone(), "labels": labels[part].clone()},
-                  cache / f"latents_rank{k:02d}_shard000.safetensors")
+        save_file(
+            {
+                "latents": stored[part].clone(),
+                "latents_flip": stored[part].flip(-1).clone(),
+                "labels": labels[part].clone(),
+            },
+            cache / f"latents_rank{k:02d}_shard000.safetensors",
+        )
     if layout == "lightningdit":
-        torch.save({"mean": torch.full((1, 6, 1, 1), 3.0), "std": torch.full((1, 6, 1, 1), 2.0)}, cache / "latents_stats.pt")
+        torch.save(
+            {"mean": torch.full((1, 6, 1, 1), 3.0), "std": torch.full((1, 6, 1, 1), 2.0)}, cache / "latents_stats.pt"
+        )
     x, y = LatentDataset(cache).batch(np.array([13, 2]), np.array([True, False]))
     torch.testing.assert_close(x.float(), torch.stack([normalised[13].flip(-1), normalised[2]]), atol=5e-3, rtol=1e-3)
     assert y.tolist() == [1, 2]
@@ -1479,6 +1780,7 @@ def test_foreign_caches_train_as_they_are(tmp_path, capsys, layout):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # fid.py: Inception, statistics, references, the sweep
+
 
 def fid_covariance(rng, d):
     a = rng.standard_normal((d, d))
@@ -1541,11 +1843,12 @@ def fid_result(out):
 
 # Frechet distance, statistics, Inception Score
 
+
 def test_fid_frechet_closed_forms():
     rng = np.random.default_rng(0)
     a, b, mu = rng.uniform(0, 3, 32), rng.uniform(0, 3, 32), rng.standard_normal(32)
     q, _ = np.linalg.qr(rng.standard_normal((32, 32)))
-    expected = (mu ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    expected = (mu**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
     for turn in (np.eye(32), q):
         got = fid.frechet_distance(mu, turn * a @ turn.T, np.zeros(32), turn * b @ turn.T)
         assert type(got) is float and got == pytest.approx(expected, rel=1e-10)
@@ -1578,7 +1881,7 @@ def test_fid_statistics_streamed(batch):
     x, logits = torch.randn(130, 24, generator=generator) + 5, torch.randn(130, 9, generator=generator) * 3
     statistics = fid.Statistics(130, features=24, classes=9)
     for i in reversed(range(0, 130, batch)):  # any order
-        statistics.update(x[i:i + batch], logits[i:i + batch], range(i, min(i + batch, 130)))
+        statistics.update(x[i : i + batch], logits[i : i + batch], range(i, min(i + batch, 130)))
     mu, sigma = statistics.mean_and_covariance()
     np.testing.assert_allclose(mu, x.double().numpy().mean(0), rtol=1e-12)
     np.testing.assert_allclose(sigma, np.cov(x.double().numpy().T), rtol=1e-9, atol=1e-12)
@@ -1592,7 +1895,7 @@ def fid_direct_score(logits):
     p /= p.sum(1, keepdims=True)
     scores = []
     for i in range(10):
-        part = p[i * len(p) // 10:(i + 1) * len(p) // 10]
+        part = p[i * len(p) // 10 : (i + 1) * len(p) // 10]
         scores.append(np.exp((part * (np.log(part) - np.log(part.mean(0)))).sum(1).mean()))
     return np.mean(scores)
 
@@ -1617,8 +1920,10 @@ statistics.all_reduce()
 torch.save([*statistics.mean_and_covariance(), statistics.inception_score()], f"{tmp_path}/{{fid.rank()}}.pt")
 """
     root = pathlib.Path(fid.__file__).parent
-    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "RANK": str(i), "WORLD_SIZE": "2"})
-             for i in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "RANK": str(i), "WORLD_SIZE": "2"})
+        for i in range(2)
+    ]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     generator = torch.Generator().manual_seed(4)
     x, logits = torch.randn(100, 16, generator=generator), torch.randn(100, 8, generator=generator)
@@ -1630,6 +1935,7 @@ torch.save([*statistics.mean_and_covariance(), statistics.inception_score()], f"
 
 
 # Inception
+
 
 @pytest.mark.parametrize("height,width", [(1, 1), (5, 32), (299, 299), (310, 640)])
 def test_fid_resize_is_tensorflows(height, width):
@@ -1647,6 +1953,7 @@ def test_fid_resize_is_tensorflows(height, width):
 
 def fid_restated(state, images):
     """The 2015-12-05 network, written out once more from its tensors alone."""
+
     def conv(x, name, stride=1, pad=0):
         x = F.conv2d(x, state[f"{name}.conv.weight"], None, stride, pad)
         bn = [state[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
@@ -1667,27 +1974,64 @@ def fid_restated(state, images):
     x = chain(F.max_pool2d(x, 3, 2), ("Conv2d_3b_1x1",), ("Conv2d_4a_3x3",))
     x = F.max_pool2d(x, 3, 2)
     for m in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-        x = torch.cat([conv(x, f"{m}.branch1x1"), chain(x, (f"{m}.branch5x5_1",), (f"{m}.branch5x5_2", 1, 2)),
-                       chain(x, (f"{m}.branch3x3dbl_1",), (f"{m}.branch3x3dbl_2", 1, one), (f"{m}.branch3x3dbl_3", 1, one)),
-                       pooled(x, m)], 1)
+        x = torch.cat(
+            [
+                conv(x, f"{m}.branch1x1"),
+                chain(x, (f"{m}.branch5x5_1",), (f"{m}.branch5x5_2", 1, 2)),
+                chain(x, (f"{m}.branch3x3dbl_1",), (f"{m}.branch3x3dbl_2", 1, one), (f"{m}.branch3x3dbl_3", 1, one)),
+                pooled(x, m),
+            ],
+            1,
+        )
     m = "Mixed_6a"
-    x = torch.cat([conv(x, f"{m}.branch3x3", 2), chain(x, (f"{m}.branch3x3dbl_1",), (f"{m}.branch3x3dbl_2", 1, one),
-                                                       (f"{m}.branch3x3dbl_3", 2)), F.max_pool2d(x, 3, 2)], 1)
+    x = torch.cat(
+        [
+            conv(x, f"{m}.branch3x3", 2),
+            chain(x, (f"{m}.branch3x3dbl_1",), (f"{m}.branch3x3dbl_2", 1, one), (f"{m}.branch3x3dbl_3", 2)),
+            F.max_pool2d(x, 3, 2),
+        ],
+        1,
+    )
     for m in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
         seven = chain(x, (f"{m}.branch7x7_1",), (f"{m}.branch7x7_2", 1, columns), (f"{m}.branch7x7_3", 1, rows))
-        double = chain(x, (f"{m}.branch7x7dbl_1",), (f"{m}.branch7x7dbl_2", 1, rows), (f"{m}.branch7x7dbl_3", 1, columns),
-                       (f"{m}.branch7x7dbl_4", 1, rows), (f"{m}.branch7x7dbl_5", 1, columns))
+        double = chain(
+            x,
+            (f"{m}.branch7x7dbl_1",),
+            (f"{m}.branch7x7dbl_2", 1, rows),
+            (f"{m}.branch7x7dbl_3", 1, columns),
+            (f"{m}.branch7x7dbl_4", 1, rows),
+            (f"{m}.branch7x7dbl_5", 1, columns),
+        )
         x = torch.cat([conv(x, f"{m}.branch1x1"), seven, double, pooled(x, m)], 1)
     m = "Mixed_7a"
-    x = torch.cat([chain(x, (f"{m}.branch3x3_1",), (f"{m}.branch3x3_2", 2)),
-                   chain(x, (f"{m}.branch7x7x3_1",), (f"{m}.branch7x7x3_2", 1, columns), (f"{m}.branch7x7x3_3", 1, rows),
-                         (f"{m}.branch7x7x3_4", 2)), F.max_pool2d(x, 3, 2)], 1)
+    x = torch.cat(
+        [
+            chain(x, (f"{m}.branch3x3_1",), (f"{m}.branch3x3_2", 2)),
+            chain(
+                x,
+                (f"{m}.branch7x7x3_1",),
+                (f"{m}.branch7x7x3_2", 1, columns),
+                (f"{m}.branch7x7x3_3", 1, rows),
+                (f"{m}.branch7x7x3_4", 2),
+            ),
+            F.max_pool2d(x, 3, 2),
+        ],
+        1,
+    )
     for m, kind in (("Mixed_7b", "avg"), ("Mixed_7c", "max")):
         three = conv(x, f"{m}.branch3x3_1")
         double = chain(x, (f"{m}.branch3x3dbl_1",), (f"{m}.branch3x3dbl_2", 1, one))
-        x = torch.cat([conv(x, f"{m}.branch1x1"), conv(three, f"{m}.branch3x3_2a", 1, (0, 1)),
-                       conv(three, f"{m}.branch3x3_2b", 1, (1, 0)), conv(double, f"{m}.branch3x3dbl_3a", 1, (0, 1)),
-                       conv(double, f"{m}.branch3x3dbl_3b", 1, (1, 0)), pooled(x, m, kind)], 1)
+        x = torch.cat(
+            [
+                conv(x, f"{m}.branch1x1"),
+                conv(three, f"{m}.branch3x3_2a", 1, (0, 1)),
+                conv(three, f"{m}.branch3x3_2b", 1, (1, 0)),
+                conv(double, f"{m}.branch3x3dbl_3a", 1, (0, 1)),
+                conv(double, f"{m}.branch3x3dbl_3b", 1, (1, 0)),
+                pooled(x, m, kind),
+            ],
+            1,
+        )
     return x.mean((2, 3))
 
 
@@ -1707,12 +2051,21 @@ def fid_inception():
 def test_fid_inception_keys(fid_inception):
     state = fid_inception.state_dict()
     assert len(state) == 94 * 6 + 2 and len([name for name in state if name.endswith(".conv.weight")]) == 94
-    shapes = {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Conv2d_4a_3x3.bn.running_mean": (192,),
-              "Mixed_5b.branch1x1.bn.running_mean": (64,), "Mixed_5d.branch_pool.conv.weight": (64, 288, 1, 1),
-              "Mixed_6a.branch3x3.conv.weight": (384, 288, 3, 3), "Mixed_6c.branch7x7dbl_2.conv.weight": (160, 160, 7, 1),
-              "Mixed_6e.branch7x7_2.conv.weight": (192, 192, 1, 7), "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3),
-              "Mixed_7b.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1), "Mixed_7c.branch3x3_2a.bn.num_batches_tracked": (),
-              "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1), "fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    shapes = {
+        "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3),
+        "Conv2d_4a_3x3.bn.running_mean": (192,),
+        "Mixed_5b.branch1x1.bn.running_mean": (64,),
+        "Mixed_5d.branch_pool.conv.weight": (64, 288, 1, 1),
+        "Mixed_6a.branch3x3.conv.weight": (384, 288, 3, 3),
+        "Mixed_6c.branch7x7dbl_2.conv.weight": (160, 160, 7, 1),
+        "Mixed_6e.branch7x7_2.conv.weight": (192, 192, 1, 7),
+        "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3),
+        "Mixed_7b.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1),
+        "Mixed_7c.branch3x3_2a.bn.num_batches_tracked": (),
+        "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1),
+        "fc.weight": (1008, 2048),
+        "fc.bias": (1008,),
+    }
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
 
 
@@ -1736,6 +2089,7 @@ def test_fid_inception_weights_are_found_and_checked(fid_inception, tmp_path, mo
 
     def no_network(*args, **more):
         raise OSError("no route")
+
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(BadInput, match="inception-2015-12-05-6726825d.pth into .*checkpoints, or give --inception"):
         fid.load_inception()
@@ -1744,7 +2098,7 @@ def test_fid_inception_weights_are_found_and_checked(fid_inception, tmp_path, mo
     loaded = fid.load_inception()
     assert not loaded.training and torch.equal(loaded.fc.weight, fid_inception.fc.weight)
     whole = cached.read_bytes()
-    for content in (whole[:len(whole) // 2], b"", b"<html>404</html>"):
+    for content in (whole[: len(whole) // 2], b"", b"<html>404</html>"):
         cached.write_bytes(content)
         with pytest.raises(BadInput, match="not Inception's weights"):
             fid.load_inception(cached)
@@ -1757,6 +2111,7 @@ def test_fid_inception_weights_are_found_and_checked(fid_inception, tmp_path, mo
 
 
 # References
+
 
 def test_fid_reference_of_others_and_of_ours(fid_small, tmp_path):
     rng = np.random.default_rng(8)
@@ -1795,6 +2150,7 @@ def test_fid_hostile_references(fid_small, tmp_path, capsys):
 
     def refused(*words):
         fid_refused(capsys, ["--images", images, "--ref", path], "ref.npz", *words)
+
     refused("No such file")
     for content in (b"", b"\x00" * 999, b"PK\x03\x04" + b"\xff" * 99):
         path.write_bytes(content)
@@ -1805,17 +2161,30 @@ def test_fid_hostile_references(fid_small, tmp_path, capsys):
     refused("not a whole npz")
     path.write_bytes(whole[:900] + bytes([whole[900] ^ 1]) + whole[901:])  # the zip's own checksum
     refused()
-    for arrays, word in ((dict(mu=mu), "sigma"), (dict(mu=mu[:8], sigma=sigma), "expected"), (dict(mu=mu, sigma=mu), "expected"),
-                         (dict(mu=mu * np.nan, sigma=sigma), "not finite"), (dict(mu=mu, sigma=sigma * np.inf), "not finite"),
-                         (dict(mu=mu.astype(complex), sigma=sigma), "expected floats"),
-                         (dict(mu=mu, sigma=sigma + np.triu(sigma)), "no covariance"), (dict(mu=mu, sigma=-sigma), "no covariance"),
-                         (dict(mu=np.array([open] * 16), sigma=sigma), "objects"),
-                         (dict(mu=mu, sigma=sigma, meta="[1]"), "meta"), (dict(mu=mu, sigma=sigma, meta="{"), "npz"),
-                         (dict(mu=mu, sigma=sigma, meta=json.dumps({"size": "\x1b[2J"})), "meta"),
-                         (dict(mu=mu, sigma=sigma, meta=json.dumps({"hash": "0"})), "make the file again")):
+    for arrays, word in (
+        (dict(mu=mu), "sigma"),
+        (dict(mu=mu[:8], sigma=sigma), "expected"),
+        (dict(mu=mu, sigma=mu), "expected"),
+        (dict(mu=mu * np.nan, sigma=sigma), "not finite"),
+        (dict(mu=mu, sigma=sigma * np.inf), "not finite"),
+        (dict(mu=mu.astype(complex), sigma=sigma), "expected floats"),
+        (dict(mu=mu, sigma=sigma + np.triu(sigma)), "no covariance"),
+        (dict(mu=mu, sigma=-sigma), "no covariance"),
+        (dict(mu=np.array([open] * 16), sigma=sigma), "objects"),
+        (dict(mu=mu, sigma=sigma, meta="[1]"), "meta"),
+        (dict(mu=mu, sigma=sigma, meta="{"), "npz"),
+        (dict(mu=mu, sigma=sigma, meta=json.dumps({"size": "\x1b[2J"})), "meta"),
+        (dict(mu=mu, sigma=sigma, meta=json.dumps({"hash": "0"})), "make the file again"),
+    ):
         np.savez(path, **arrays)
         refused(word)
-    for lie in (dict(shape=(2**40,)), dict(shape=(2**31, 2**31)), dict(shape=(-16,)), dict(descr="<f4"), dict(shape=(17,))):
+    for lie in (
+        dict(shape=(2**40,)),
+        dict(shape=(2**31, 2**31)),
+        dict(shape=(-16,)),
+        dict(descr="<f4"),
+        dict(shape=(17,)),
+    ):
         fid_zip(path, mu=fid_npy(mu, **lie), sigma=fid_npy(sigma))
         refused("does not fit")
     fid_zip(path, mu=b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 99, sigma=fid_npy(sigma))
@@ -1829,6 +2198,7 @@ def test_fid_hostile_references(fid_small, tmp_path, capsys):
 
 
 # Images
+
 
 def test_fid_folder_npz_and_batches_agree(fid_small, tmp_path, capsys):
     folder = fid_folder(tmp_path / "images", 40)
@@ -1848,7 +2218,9 @@ def test_fid_folder_npz_and_batches_agree(fid_small, tmp_path, capsys):
     x = features.double().numpy()
     expected = fid.frechet_distance(x.mean(0), np.cov(x.T), reference.mu, reference.sigma)
     for distance, score in got:
-        assert distance == pytest.approx(expected, rel=1e-6) and score == pytest.approx(fid_direct_score(logits), rel=1e-6)
+        assert distance == pytest.approx(expected, rel=1e-6) and score == pytest.approx(
+            fid_direct_score(logits), rel=1e-6
+        )
     some = [image.numpy() for image in image_rows(tmp_path / "packed.npz", [3, 4, 39])]
     np.testing.assert_array_equal(some, array[[3, 4, 39]])
     assert fid.spread("it", 40, 4) == [0, 10, 20, 30]
@@ -1901,8 +2273,12 @@ def test_fid_hostile_images(fid_small, tmp_path, capsys):
     (folder / "odd.png").write_text("no image")
     fid_refused(capsys, ["--images", folder, "--ref", ref, "--size", 4], "odd.png: cannot be read")
     npz = tmp_path / "a.npz"
-    for array, word in ((np.zeros((3, 4, 4), np.uint8), "expected uint8"), (np.zeros((3, 4, 4, 3)), "expected uint8"),
-                        (np.zeros((1, 4, 4, 3), np.uint8), "2 needed"), (np.array([open] * 3), "objects")):
+    for array, word in (
+        (np.zeros((3, 4, 4), np.uint8), "expected uint8"),
+        (np.zeros((3, 4, 4, 3)), "expected uint8"),
+        (np.zeros((1, 4, 4, 3), np.uint8), "2 needed"),
+        (np.array([open] * 3), "objects"),
+    ):
         np.savez(npz, arr_0=array)
         fid_refused(capsys, ["--npz", npz, "--ref", ref], "a.npz", word)
     data = np.zeros((3, 4, 4, 3), np.uint8)
@@ -1918,6 +2294,7 @@ def test_fid_hostile_images(fid_small, tmp_path, capsys):
 
 # The sweep
 
+
 @pytest.fixture
 def fid_network(monkeypatch):
     torch.manual_seed(10)
@@ -1931,15 +2308,37 @@ def fid_network(monkeypatch):
 def test_fid_sweep_continues(fid_small, fid_network, tmp_path, capsys, monkeypatch):
     drawn = []
     evaluate = fid.evaluate
-    monkeypatch.setattr(fid, "evaluate", lambda *a, **how: drawn.append((how["cfg"], how["interval"])) or evaluate(*a, **how))
+    monkeypatch.setattr(
+        fid, "evaluate", lambda *a, **how: drawn.append((how["cfg"], how["interval"])) or evaluate(*a, **how)
+    )
     table = tmp_path / "fid.csv"
-    command = ["--ckpt", tmp_path / "c.safetensors", "--ref", fid_ref(tmp_path / "ref.npz"), "--n", 12, "--steps", 2,
-               "--cfg", 1, 2, "--interval", "0,1", "0.1,1", "--batch", 5]
+    command = [
+        "--ckpt",
+        tmp_path / "c.safetensors",
+        "--ref",
+        fid_ref(tmp_path / "ref.npz"),
+        "--n",
+        12,
+        "--steps",
+        2,
+        "--cfg",
+        1,
+        2,
+        "--interval",
+        "0,1",
+        "0.1,1",
+        "--batch",
+        5,
+    ]
     command = [str(a) for a in command]
     assert fid.main(command) == 0
     first = capsys.readouterr().out
     rows = read_rows(table, fid.COLUMNS)
-    assert [(row["cfg"], row["interval"]) for row in rows] == [("1", "-"), ("2", "0,1"), ("2", "0.1,1")]  # one cell at cfg 1
+    assert [(row["cfg"], row["interval"]) for row in rows] == [
+        ("1", "-"),
+        ("2", "0,1"),
+        ("2", "0.1,1"),
+    ]  # one cell at cfg 1
     assert len(drawn) == 3 and all(row["nfe"] == "3" and row["step"] == "7" and row["n"] == "12" for row in rows)
     table.unlink()
     append_rows(table, fid.COLUMNS, [rows[0], rows[2]])
@@ -1949,7 +2348,8 @@ def test_fid_sweep_continues(fid_small, fid_network, tmp_path, capsys, monkeypat
     without = [{name: text for name, text in row.items() if name != "seconds"} for row in (*rows, *again)]
     assert without[3:] == [without[0], without[2], without[1]]
     assert [line.split("seconds")[0] for line in capsys.readouterr().out.splitlines()] == [
-        line.split("seconds")[0] for line in first.splitlines()]
+        line.split("seconds")[0] for line in first.splitlines()
+    ]
     for more in (["--seed", "1"], ["--t-eps", "0.01"], ["--classes", "2"]):  # other settings are other cells
         assert fid.main(command + more) == 0
     assert len(drawn) == 4 + 9
@@ -1960,7 +2360,9 @@ def test_fid_sweep_continues(fid_small, fid_network, tmp_path, capsys, monkeypat
 
 
 def test_fid_evaluate_scores_what_generate_draws(fid_small, fid_network, tmp_path):
-    reference, vae = fid.load_reference(fid_ref(tmp_path / "ref.npz")), fid.open_vae(fid_network.settings, fid_network.net.in_channels)
+    reference, vae = fid.load_reference(fid_ref(tmp_path / "ref.npz")), fid.open_vae(
+        fid_network.settings, fid_network.net.in_channels
+    )
     row = fid.evaluate(fid_network, vae, fid_small, reference, 12, 3, 2.0, steps=2, batch=4, classes=[1, 2])
     images = fid.generate(fid_network, vae, range(12), [1, 2], 3, 2.0, (0.1, 1.0), 2, "heun", "auto")
     features, logits = fid_small(images)
@@ -1988,20 +2390,21 @@ def test_fid_sweep_bad_input(fid_small, fid_network, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Hostile input: one line, an exit code, nothing half-written; nothing is run, no memory out of proportion
 
+
 @pytest.fixture(scope="module")
 def hostile_base(tmp_path_factory):
     """Pictures, a cache, a run of two steps, a small checkpoint: to be copied and spoiled."""
     folder = tmp_path_factory.mktemp("hostile")
     cache = small_cache(folder, n=12)
-    assert train.main(flags(cache, folder / "run", "--sample-every", 0, steps=2)) == 0
+    assert train.main(flags(cache, folder / "run", "--sample-every", 0, "--save-every", 1, steps=2)) == 0
     save_tiny(folder / "a.safetensors")
     return folder
 
 
 @pytest.fixture
 def hostile(hostile_base, tmp_path, monkeypatch):
-    """In a copy of them."""
-    shutil.copytree(hostile_base, tmp_path, dirs_exist_ok=True)
+    """In a copy of them, but for the run, which is large."""
+    shutil.copytree(hostile_base, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
@@ -2032,6 +2435,7 @@ def hostile_pickle(path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, ("ran",)
+
     torch.save({"model": Evil(), "mean": Evil()}, path)
 
 
@@ -2061,35 +2465,72 @@ HOSTILE_TRAIN = {  # what is spoiled: (flags, how, exit code, words)
     "step a fraction": ([], lambda: hostile_run(step=1e9), 2, "damaged"),
     "steps a list": ([], lambda: hostile_run(steps=[1]), 2, "damaged"),
     "skipped nothing": ([], lambda: hostile_run(skipped=None), 2, "damaged"),
-    "a tensor less": ([], lambda: hostile_tensors(lambda t: t.pop("model.blocks.0.norm1.weight")), 2, "blocks.0.norm1.weight"),
+    "a tensor less": (
+        [],
+        lambda: hostile_tensors(lambda t: t.pop("model.blocks.0.norm1.weight")),
+        2,
+        "blocks.0.norm1.weight",
+    ),
     "a tensor more": ([], lambda: hostile_tensors(lambda t: t.update({"ema.new": torch.ones(1)})), 2, '"new"'),
-    "optimizer's shapes": ([], lambda: hostile_tensors(lambda t: t.update(
-        {name: torch.ones(3) for name in t if name.startswith("optimizer.exp_avg.")})), 2, "optimizer.exp_avg"),
-    "optimizer's types": ([], lambda: hostile_tensors(lambda t: t.update(
-        {name: t[name].long() for name in t if name.startswith("optimizer.exp_avg.")})), 2, "int64"),
-    "an export as last": ([], lambda: [shutil.copy("run/ema.safetensors", f"run/{name}.safetensors")
-                                       for name in ("last", "previous")], 2, "does not fit"),
+    "optimizer's shapes": (
+        [],
+        lambda: hostile_tensors(
+            lambda t: t.update({name: torch.ones(3) for name in t if name.startswith("optimizer.exp_avg.")})
+        ),
+        2,
+        "optimizer.exp_avg",
+    ),
+    "optimizer's types": (
+        [],
+        lambda: hostile_tensors(
+            lambda t: t.update({name: t[name].long() for name in t if name.startswith("optimizer.exp_avg.")})
+        ),
+        2,
+        "int64",
+    ),
+    "an export as last": (
+        [],
+        lambda: [shutil.copy("run/ema.safetensors", f"run/{name}.safetensors") for name in ("last", "previous")],
+        2,
+        "does not fit",
+    ),
     "log bytes": ([], lambda: pathlib.Path("run/log.csv").write_bytes(bytes(range(256))), 2, "not a log"),
     "log of another kind": ([], lambda: pathlib.Path("run/log.csv").write_text("a,b\n1,2\n"), 2, "not a log"),
-    "log of long fields": ([], lambda: pathlib.Path("run/log.csv").write_text("step,loss\n1," + "9" * 200_000), 2, "not a log"),
+    "log of long fields": (
+        [],
+        lambda: pathlib.Path("run/log.csv").write_text("step,loss\n1," + "9" * 200_000),
+        2,
+        "not a log",
+    ),
     "log a folder": ([], lambda: (os.remove("run/log.csv"), os.mkdir("run/log.csv")), 2, "not a log"),
     "out a file": (["--out", "a.safetensors"], None, 2, "cannot be written to"),
     "out under a file": (["--out", "a.safetensors/run"], None, 2, "cannot be written to"),
     "out too long": (["--out", "n" * 300], None, 2, "cannot be written to"),
     "hostile init": (["--init", "evil.pth", "--out", "new"], lambda: hostile_pickle("evil.pth"), 2, "plain tensors"),
-    "init claims too much": (["--init", "view.pth", "--out", "new"], lambda: hostile_view("view.pth"), 2, "embedding_table"),
-    "hostile statistics": (["--out", "new"], lambda: (hostile_foreign(), hostile_pickle("cache/latents_stats.pt")), 2, "mean and std"),
+    "init claims too much": (
+        ["--init", "view.pth", "--out", "new"],
+        lambda: hostile_view("view.pth"),
+        2,
+        "embedding_table",
+    ),
+    "hostile statistics": (
+        ["--out", "new"],
+        lambda: (hostile_foreign(), hostile_pickle("cache/latents_stats.pt")),
+        2,
+        "mean and std",
+    ),
     "labels below 0": (["--out", "new"], lambda: hostile_foreign(labels=-1), 2, "from -1"),
     "latents not finite": (["--out", "new"], lambda: hostile_foreign(latents=float("nan")), 2, "not finite"),
     "file-size limit": (["--out", "new"], lambda: hostile_limit(1 << 20), 1, "cannot save"),
     "out 250 letters": (["--out", "n" * 250], None, 0, ""),
     "out no UTF-8": (["--out", os.fsdecode(b"run \xff \xe6\x97\xa5")], None, 0, ""),
-    "log torn": ([], lambda: open("run/log.csv", "a").write("1"), 0, "")}
+    "log torn": ([], lambda: open("run/log.csv", "a").write("1"), 0, ""),
+}
 
 
 def hostile_foreign(**fill):
     """The cache as others would write it, some of its tensors filled with one value."""
-    shard, = pathlib.Path("cache").glob("latents*")
+    (shard,) = pathlib.Path("cache").glob("latents*")
     tensors = load_file(shard)
     for name, value in fill.items():
         tensors[name].fill_(value)
@@ -2098,6 +2539,7 @@ def hostile_foreign(**fill):
 
 def hostile_limit(size):
     import resource
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
@@ -2119,8 +2561,10 @@ def hostile_check(capsys, code, wanted, said, before, after):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX limits and names")
 @pytest.mark.parametrize("case", HOSTILE_TRAIN)
-def test_hostile_training(case, hostile, hostile_no_limit, capsys):
+def test_hostile_training(case, hostile_base, hostile, hostile_no_limit, capsys):
     more, spoil, wanted, said = HOSTILE_TRAIN[case]
+    if "--out" not in more:
+        shutil.copytree(hostile_base / "run", "run")
     if spoil:
         spoil()
     before = set(hostile.rglob("*"))
@@ -2130,8 +2574,22 @@ def test_hostile_training(case, hostile, hostile_no_limit, capsys):
         assert [row[0] for row in log_rows(pathlib.Path("run"))] == ["1", "2", "3", "4"]
 
 
-HOSTILE_SETTINGS = dict(target=["x"], loss="w", P_mean="0", P_std=float("nan"), t_eps=-1, label_drop=[], input_size="8", cfg=1e308,
-                        interval=[float("nan"), 1], class_names=[1, 2, 3, 4, 5], vae=["pixels"], hint=5, step="many", ema="old")
+HOSTILE_SETTINGS = dict(
+    target=["x"],
+    loss="w",
+    P_mean="0",
+    P_std=float("nan"),
+    t_eps=-1,
+    label_drop=[],
+    input_size="8",
+    cfg=1e308,
+    interval=[float("nan"), 1],
+    class_names=[1, 2, 3, 4, 5],
+    vae=["pixels"],
+    hint=5,
+    step="many",
+    ema="old",
+)
 
 
 @pytest.mark.parametrize("name", HOSTILE_SETTINGS)
@@ -2147,20 +2605,29 @@ def hostile_pipe(path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX limits and names")
-@pytest.mark.parametrize("more, spoil, wanted, said", [
-    (["--out", "n" * 300 + ".png"], None, 2, "too long"), (["--out", "cache"], None, 0, ""), (["--out", "d.png"], lambda: os.mkdir("d.png"), 2, "a folder of that name"),
-    (["--out", "f"], lambda: pathlib.Path("f").touch(), 2, "a file of that name"), (["--out", "日本 \x1b[2J.png"], None, 0, ""),
-    (["--out", "n" * 250 + ".npz"], None, 0, ""), (["--out", "f", "--n", "9"], lambda: hostile_limit(100), 1, "too large"),
-    (["--out", "a.npz", "--n", "99"], lambda: hostile_limit(9000), 1, "too large"), (["--out", "a.npz", "--n", str(10**12)], None, 2, "GB needed"),
-    (["--ckpt", "pipe.pth"], lambda: hostile_pipe("pipe.pth"), 2, "no such"), (["--ckpt", "view.pth", "--target", "x"], lambda: hostile_view("view.pth"), 2, "embedding_table"),
-    (["--ckpt", "packed.pth", "--target", "x"], lambda: hostile_pack("packed.pth"), 2, "compressed"), (["--classes", "9" * 5000], None, 2, "class")])
+@pytest.mark.parametrize(
+    "more, spoil, wanted, said",
+    [
+        (["--out", "n" * 300 + ".png"], None, 2, "too long"),
+        (["--out", "cache"], None, 0, ""),
+        (["--out", "d.png"], lambda: os.mkdir("d.png"), 2, "a folder of that name"),
+        (["--out", "f"], lambda: pathlib.Path("f").touch(), 2, "a file of that name"),
+        (["--out", "日本 \x1b[2J.png"], None, 0, ""),
+        (["--out", "n" * 250 + ".npz"], None, 0, ""),
+        (["--out", "f", "--n", "9"], lambda: hostile_limit(100), 1, "too large"),
+        (["--out", "a.npz", "--n", "99"], lambda: hostile_limit(9000), 1, "too large"),
+        (["--n", 10**12], None, 2, "or less"),
+        (["--ckpt", "pipe.pth"], lambda: hostile_pipe("pipe.pth"), 2, "no such"),
+        (["--ckpt", "view.pth", "--target", "x"], lambda: hostile_view("view.pth"), 2, "embedding_table"),
+        (["--ckpt", "packed.pth", "--target", "x"], lambda: hostile_pack("packed.pth"), 2, "compressed"),
+        (["--classes", "9" * 5000], None, 2, "class"),
+    ],
+)
 def test_hostile_sampling(more, spoil, wanted, said, hostile, hostile_no_limit, capsys):
     if spoil:
         spoil()
     before = set(hostile.rglob("*"))
-    command = ["--ckpt", "a.safetensors", "--steps", "1", "--n", "2", *more]
-    after = None
-    code = sample.main(command)
+    code = sample.main(["--ckpt", "a.safetensors", "--steps", "1", "--n", "2", *map(str, more)])
     after = {path for path in hostile.rglob("*") if path.name not in ("f", "facts.txt")}
     hostile_check(capsys, code, wanted, said, before, after)
 
@@ -2183,14 +2650,18 @@ def test_hostile_pipes_are_not_waited_for(hostile, capsys):
 
 
 def test_hostile_mutations_are_read_or_refused(hostile):
-    """300 damaged files of five kinds; /bench of thousands gave the same."""
+    """300 damaged files of five kinds."""
     torch.save({"model": {f"{name}": value for name, value in tiny_net().state_dict().items()}}, "b.pth")
     rng, fine = np.random.default_rng(0), {}
     write_statistics("ref.npz", rng.standard_normal(16), np.eye(16), size="8x8")
     np.savez("s.npz", arr_0=rng.integers(0, 256, (4, 8, 8, 3), np.uint8))
-    readers = {"a.safetensors": load_denoiser, "b.pth": lambda path: load_denoiser(path, "model", target="x", input_size=8),
-               "ref.npz": lambda path: lib.npz.read_statistics(path, 16), "s.npz": lambda path: list(image_rows(path, range(4))),
-               "cache": LatentDataset}
+    readers = {
+        "a.safetensors": load_denoiser,
+        "b.pth": lambda path: load_denoiser(path, "model", target="x", input_size=8),
+        "ref.npz": lambda path: lib.npz.read_statistics(path, 16),
+        "s.npz": lambda path: list(image_rows(path, range(4))),
+        "cache": LatentDataset,
+    }
     for name, read in readers.items():
         path = pathlib.Path(name) if name != "cache" else next(pathlib.Path(name).glob("latents*"))
         whole, fine[name] = path.read_bytes(), 0
@@ -2199,7 +2670,7 @@ def test_hostile_mutations_are_read_or_refused(hostile):
             data = bytearray(whole)
             for place in rng.integers(0, [600, len(data)][rng.integers(2)], rng.integers(1, 9)):
                 data[place] = rng.integers(256)
-            path.write_bytes(data[:rng.integers(len(data))] if rng.random() < 0.3 else data)
+            path.write_bytes(data[: rng.integers(len(data))] if rng.random() < 0.3 else data)
             try:
                 read(pathlib.Path(name))
                 fine[name] += 1
@@ -2224,6 +2695,7 @@ def test_log_lines_come_at_once_without_a_terminal(hostile):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # bench/: what has a closed form
+
 
 class bench_Data:
     """Gaussian tokens of known covariance, in place of a cache: independent channels of the given variances."""
@@ -2252,7 +2724,7 @@ def test_bench_tokens_and_spectrum_of_a_known_gaussian():
     assert spectrum.effective_dimension(torch.ones(7)) == 7 and spectrum.effective_dimension(torch.eye(7)[0]) == 1
     # Patches: same numbers, cut as a convolution of that stride cuts them
     x = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
-    cut = torch.nn.functional.unfold(x, 2, stride=2)                                        # (B, C*p*p, tokens)
+    cut = torch.nn.functional.unfold(x, 2, stride=2)  # (B, C*p*p, tokens)
     ours = spectrum.tokens(x, 2).unflatten(1, (2, 2, 3)).permute(0, 3, 1, 2).flatten(1)  # to channel, row, column
     torch.testing.assert_close(ours.float(), cut.transpose(1, 2).flatten(0, 1))
     with pytest.raises(BadInput):
@@ -2363,8 +2835,10 @@ def test_bench_guidance_lines(tmp_path):
     rows = [alike | {"cfg": cfg, "interval": times, "fid": str(score)} for cfg, times, score in cells]
     guidance_table(path, columns, rows)
     lines, n = guidance.read_lines([path])
-    assert n == "50" and lines == {"interval 0.1,1": ("x", [(1.0, 9.0), (2.0, 4.0), (3.0, 5.0)]),
-                                   "interval 0,1": ("x", [(1.0, 9.0), (2.0, 6.0)])}
+    assert n == "50" and lines == {
+        "interval 0.1,1": ("x", [(1.0, 9.0), (2.0, 4.0), (3.0, 5.0)]),
+        "interval 0,1": ("x", [(1.0, 9.0), (2.0, 6.0)]),
+    }
     rows[0]["n"] = "60"
     guidance_table(path, columns, rows)
     with pytest.raises(BadInput):
@@ -2386,7 +2860,7 @@ def test_bench_progress_puts_rows_where_their_steps_are():
     middle = (sheet.width + progress.MARGIN) // 2
     left, right = is_red[:, :middle], is_red[:, middle:]
     assert left.sum() == 2 * right.sum() == 4 * 96 * 96  # 32-pixel images are shown three times as large
-    assert not right[:sheet.height // 2].any()            # b has no step 10
+    assert not right[: sheet.height // 2].any()  # b has no step 10
 
 
 def test_bench_reader_of_digits_and_its_distance():
@@ -2402,6 +2876,7 @@ def test_bench_reader_of_digits_and_its_distance():
 # ---------------------------------------------------------------------------------------------------------------------
 # The house
 
+
 def test_line_budget_and_layout():
     for name in ("model", "train", "sample", "vae", "fid"):
         assert len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 350, name
@@ -2412,14 +2887,21 @@ def test_line_budget_and_layout():
 
 
 def test_imports_run_one_way():
-    above = {"model": set(), "vae": set(), "sample": {"model", "vae"}, "fid": {"model", "vae", "sample"},
-             "train": {"model", "vae", "sample", "fid"}}
+    above = {
+        "model": set(),
+        "vae": set(),
+        "sample": {"model", "vae"},
+        "fid": {"model", "vae", "sample"},
+        "train": {"model", "vae", "sample", "fid"},
+    }
     for name, allowed in above.items():
         source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
         imported = set(re.findall(r"^\s*(?:import|from) (model|vae|sample|fid|train)\b", source, re.M))
         assert imported <= allowed | ({"model"} if name == "vae" else set()), name
     for path in ROOT.glob("lib/*.py"):
-        assert not re.search(r"^\s*(import|from) (model|vae|sample|fid|train)\b", path.read_text(encoding="utf-8"), re.M), path
+        assert not re.search(
+            r"^\s*(import|from) (model|vae|sample|fid|train)\b", path.read_text(encoding="utf-8"), re.M
+        ), path
 
 
 def test_readme_names_only_flags_that_exist(capsys):
@@ -2447,6 +2929,9 @@ def test_readme_counts_lines_as_they_are():
 
 def test_models_import_nothing_heavy():
     """Help and imports stay quick: diffusers, transformers and matplotlib are loaded only where they are used."""
-    code = "import sys, train, fid\nprint([m for m in ('diffusers', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])"
+    code = (
+        "import sys, train, fid\n"
+        "print([m for m in ('diffusers', 'transformers', 'matplotlib', 'scipy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -220,7 +220,7 @@ def main(argv=None):
         precision="bf16" if bf16 else "fp32", input_size=grid, **OBJECTIVE)
     drawing = dict(vae=data.vae, hint=data.hint, size=data.size, class_names=data.class_names, cfg=cfg,
                    interval=(0.1, 1.0))
-    lock = rank() == 0 and lock_folder(args.out)  # noqa: F841 (held until main returns)
+    lock = args.out.mkdir(parents=True, exist_ok=True) if rank() else lock_folder(args.out)  # held until main returns
     tensors, saved = resume_point(args.out)
     step, skipped = 0, 0
     if tensors is not None:

@@ -27,7 +27,7 @@ def number(kind, low, high=math.inf):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
             top = f", {high} or less" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more{top}")
+            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {low} or more{top}")
         return value
     parse.__name__ = kind.__name__  # argparse names it when `kind` raises a ValueError
     return parse
@@ -50,7 +50,7 @@ def sampling_flags(parser, targets):
     group.add_argument("--seed", type=number(int, 0), default=0, help="image i depends on seed and i alone")
     group.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers, taking turns (default: all)")
     group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
-    group.add_argument("--batch", type=number(int, 1), default=64, help="images at a time and device")
+    group.add_argument("--batch", type=number(int, 1, 10**5), default=64, help="images at a time and device")
     group.add_argument("--vae", help="flux2, taef2, pixels, a Hugging Face id or a folder (default: the latents')")
     group.add_argument("--target", choices=targets, help="for a file that does not say what it predicts")
     group.add_argument("--input-size", type=number(int, 1, 512), help="latent height, for a file that does not say it")

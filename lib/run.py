@@ -17,8 +17,8 @@ class RunFailed(RuntimeError):
 def program(main):
     """Decorates `main(argv=None)`: its errors become one line and an exit code (0 done, 1 failed, 2 bad input)."""
     def run(argv=None):
-        getattr(sys.stdout, "reconfigure", dict)(line_buffering=True, errors="backslashreplace")  # any name can be said
         try:
+            getattr(sys.stdout, "reconfigure", dict)(line_buffering=True, errors="backslashreplace")  # for odd names
             code = main(argv) or 0
         except (BadInput, RunFailed, OSError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError) as error:
             code, line = {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1), str(error) or type(error).__name__
