@@ -18,7 +18,7 @@ import torch
 from lib.checkpoint import newest_checkpoint, plain, read_weights
 from lib.flags import Parser, interval, number, sampling_flags
 from lib.log import picture_grid
-from lib.samples import check_out, write_folder, write_npz
+from lib.samples import check_out, saving, write_folder, write_npz
 from lib.run import BadInput, atomic, meet, pick_device, program, rank, say, world_size
 from model import JLT, TARGETS, Denoiser, rotary_table
 from vae import load_vae, to_uint8
@@ -131,6 +131,8 @@ def build_net(weights, path, input_size):
             raise BadInput(f"{path}: tensor {name} is {'missing' if name in expected else 'unknown to this network'}")
         if not plain(weights[name]) or weights[name].shape != expected[name].shape:
             raise BadInput(f"{path}: tensor {name} does not have the shape {tuple(expected[name].shape)}")
+        if not weights[name].isfinite().all():
+            raise BadInput(f"{path}: tensor {name} holds values that are not finite numbers")
     net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}, assign=True)
     # The tables are no weights, so they are still without memory:
     net.rotary_cos, net.rotary_sin = rotary_table(input_size // patch.shape[-1], width // net.blocks[0].attn.num_heads)
@@ -229,7 +231,8 @@ def pick_classes(wanted, names, num_classes):
         return list(range(num_classes))
     ids = []
     for text in wanted:
-        found = names.index(text) if names and text in names else int(text) if text.isdecimal() and len(text) < 9 else -1
+        known = names and text in names
+        found = names.index(text) if known else int(text) if text.isdecimal() and len(text) < 9 else -1
         if not 0 <= found < num_classes:
             raise BadInput(f"class {text!r}: expected 0 to {num_classes - 1}" + " or a class name" * bool(names))
         ids.append(found)
@@ -251,7 +254,7 @@ def parse(argv):
     what.add_argument("--weights", choices=("ema", "ema2", "model"), default="ema", help="which of its weights")
     what.add_argument("--cfg", type=number(float, 0, 1000), help="guidance scale, 1 = none (default: the checkpoint's)")
     what.add_argument("--interval", type=interval, metavar="LOW,HIGH", help="times guided (default: the checkpoint's)")
-    what.add_argument("--n", type=number(int, 1, 10**7), help="images in all, classes taking turns (default: 2 a class)")
+    what.add_argument("--n", type=number(int, 1, 10**7), help="images, classes taking turns (default: 2 a class)")
     what.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples.png"),
                       help="NAME.png: a grid; NAME.npz: ADM's sample file; anything else: a folder of PNG files")
     sampling_flags(parser, TARGETS)
@@ -290,7 +293,7 @@ def main(argv=None):
         parts = [range(i, min(n, i + args.batch)) for i in range(0, n, args.batch)]
         images = torch.cat([images.cpu() for _, images in draw(parts)])
         captions = [names[c] if names else c for c in classes]
-        with atomic(args.out) as temporary:
+        with saving(args.out), atomic(args.out) as temporary:
             picture_grid(images, len(classes), captions, facts).save(temporary, "png")
     elif not grid:
         meet()

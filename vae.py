@@ -123,7 +123,9 @@ def load_vae(name="flux2", device="cpu", dtype="fp32"):
         net = Taef2(source) if kind == "taef2" else Flux2(source)
     except Exception as error:  # whatever the libraries make of no network, a broken file, another network's weights
         wanted = "taef2_encoder.* and taef2_decoder.*" if kind == "taef2" else "config.json (or vae/config.json)"
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        reason = type(error).__name__
+        if reason != "UnpicklingError":  # torch advises to load it all the same
+            reason += f": {' '.join(str(error).split())[:160]}"
         raise BadInput(f"--vae {name}: cannot be loaded ({reason}): check the network and HF_HOME, or name a folder "
                        f"with {wanted} and its weights") from None
     if not local:

@@ -4,9 +4,9 @@
     python -m bench.soak --kills 20 --cache-kills 0 --ranks 2  torchrun and workers die alike, and once torchrun alone
 
 On the CPU, in a temporary folder. A life ends by SIGKILL at one of three moments, drawn at random: while it starts
-(imports, data, the checkpoint read back), some time after its first new step, or while a temporary file is there, that
-is in the middle of saving. Compared, byte for byte: last.safetensors (network, EMAs, optimizer, settings), ema, and all
-shards of a cache; of log.csv the columns step, loss, lr and grad_norm, as text. Exit code 1 where anything differs.
+(imports, data, the checkpoint read back), some time after its first new step, or while a temporary file is there, in
+the middle of saving. Compared, byte for byte: last.safetensors (network, EMAs, optimizer, settings), ema, the shards of
+a cache; of log.csv step, loss, lr and grad_norm. Exit code 1 where anything differs.
 """
 import csv, os, pathlib, subprocess, sys, tempfile, time
 
@@ -17,6 +17,7 @@ from lib.flags import Parser, number
 from lib.run import RunFailed, program, say
 
 MOMENTS = ("starting", "later", "saving")
+kill = lambda pids: subprocess.run(["kill", "-KILL", *map(str, pids)], stderr=subprocess.DEVNULL)
 
 
 def start(command, log):
@@ -26,8 +27,8 @@ def start(command, log):
 
 
 def finish(process, log):
-    if code := process.wait():
-        raise RunFailed(f"exit code {code}: {log.read_text()[-500:]}")
+    if process.wait():
+        raise RunFailed(f"exit code {process.returncode}: {log.read_text()[-500:]}")
 
 
 def alive():
@@ -44,22 +45,17 @@ def family(pid):
     return found
 
 
-def kill(pids):
-    subprocess.run(["kill", "-KILL", *map(str, pids)], stderr=subprocess.DEVNULL)
-
-
 def names(folder, *starts):
     return sorted(name for start in starts for name in map(os.path.basename, folder.glob(f"{start}*")))
 
 
 def rows(out):
-    """The steps in log.csv, as far as two runs must agree on them."""
+    """What two runs must agree on in log.csv."""
     lines = (out / "log.csv").read_text().splitlines() if names(out, "log.csv") else []
     return [[row[name] for name in ("step", "loss", "lr", "grad_norm")] for row in csv.DictReader(lines)]
 
 
-def progress(out):
-    """Steps logged, or shards written."""
+def progress(out):  # steps logged, or shards written
     return len(names(out, "latents")) + len(rows(out))
 
 
@@ -69,8 +65,7 @@ def wait_for(happened, process):
 
 
 def under_fire(command, out, kills, log, rng, first, pace):
-    """Kill the command `kills` times. A life needs about `first` seconds until it does anything, then `pace` for each
-    step or shard. Returns {what was seen: how often}."""
+    """Kill it `kills` times. A life needs about `first` seconds to its first step or shard, then `pace` for each."""
     seen = dict.fromkeys((*MOMENTS, "temporary files left", "only previous left"), 0)
     for k in range(kills):
         moment, before, process = MOMENTS[rng.integers(3)], progress(out), start(command, log)
@@ -103,8 +98,8 @@ def agent_alone(command, out, log):
     while (left := alive().keys() & workers) and time.monotonic() < killed + 300:
         time.sleep(0.1)
     kill(left)
-    say(f"torchrun alone killed at step {step}: its workers {'hung' if left else 'ended'} at step {progress(out)}, after "
-        f"{time.monotonic() - killed:.0f} s; the same command, given at once, ended with exit code {again}")
+    say(f"torchrun alone killed at step {step}: its workers {'hung' if left else 'ended'} at step {progress(out)}, "
+        f"after {time.monotonic() - killed:.0f} s; the same command, given at once, ended with exit code {again}")
 
 
 def soak(command, calm, fire, kills, log, rng, agent=False):
@@ -135,7 +130,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     python = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"] * (args.ranks > 1)
-    encode = [*python, "vae.py", "--vae", "pixels", "--size", 8, "--images"]
+    encode = ["vae.py", "--vae", "pixels", "--size", 8, "--images"]
     train = [*python, "train.py", "--model", "T", "--patch", 4, "--batch", 8, "--lr", 1e-3, "--ema", 0.9, "--steps",
              3 * args.kills + 30, "--save-every", 1, "--log-every", 1, "--sample-every", 50, "--latents"]
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:

@@ -83,7 +83,9 @@ def read_weights(path):
                 data = torch.load(path, "cpu", weights_only=True, mmap=packed)
             said = vars(data.get("args", argparse.Namespace()))
         except Exception as error:  # a damaged or hostile pickle fails in any way it likes
-            raise BadInput(f"{path}: not a checkpoint of plain tensors ({str(error)[:150]})") from None
+            known = isinstance(error, (OSError, RuntimeError, ValueError))  # others say what would be unsafe to follow
+            reason = str(error).split(". ")[0][:150] if known else type(error).__name__
+            raise BadInput(f"{path}: not a checkpoint of plain tensors ({reason})") from None
     if isinstance(settings, dict):
         groups = {name.split(".")[0] for name in data}
         return {group: {name.split(".", 1)[1]: tensor for name, tensor in data.items() if name.startswith(f"{group}.")}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lib.run import BadInput, atomic
+from lib.samples import saving
 
 
 @contextlib.contextmanager
@@ -80,7 +81,7 @@ def write_statistics(path, mu, sigma, **about):
     """Write what read_statistics reads, with `about` as JSON in the array `meta`. Returns the hash."""
     mu, sigma = np.asarray(mu), np.asarray(sigma)
     about["hash"] = statistics_hash(mu, sigma)
-    with atomic(path) as temporary, open(temporary, "wb") as file:
+    with saving(path), atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, mu=mu, sigma=sigma, meta=json.dumps(about, sort_keys=True))
     return about["hash"]
 

@@ -52,7 +52,7 @@ def pick_device():
 
 
 def meet():
-    """Wait until all of torchrun's ranks are here; join them first. CPU tensors travel by gloo: no GPU is waited for."""
+    """Wait until all of torchrun's ranks are here; join them first. CPU tensors travel by gloo, and wait for no GPU."""
     if world_size() > 1:
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -61,7 +61,7 @@ def meet():
 
 class StopSignal:
     """Remembers the first SIGTERM, SIGINT or SIGUSR1 in `number`, for the loop to look at between two steps. Schedulers
-    and torchrun deliver it twice: the same one within 5 s is ignored; any other ends the process at once."""
+    and torchrun send several: more of them within 5 s are ignored, a later one ends the process at once."""
     def __init__(self):
         self.number = 0
         for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):  # Windows has no SIGUSR1
@@ -70,7 +70,7 @@ class StopSignal:
     def handle(self, number, frame):
         if not self.number:
             self.number, self.since = number, time.monotonic()
-        elif number != self.number or time.monotonic() - self.since > 5:
+        elif time.monotonic() - self.since > 5:
             os._exit(128 + number)
 
 

@@ -1,4 +1,5 @@
 """Samples on disk, written by all ranks together: ADM's npz, or a folder of PNG files."""
+import contextlib
 import math
 import os
 import shutil
@@ -7,7 +8,16 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from lib.run import BadInput, atomic, meet, rank
+from lib.run import BadInput, RunFailed, atomic, meet, rank
+
+
+@contextlib.contextmanager
+def saving(path):
+    """Where writing fails, one line says what and why: RunFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{path}: cannot be written ({error.strerror or error}): make room or choose another") from None
 
 
 def check_out(path):
@@ -24,26 +34,27 @@ def write_npz(path, n, size, batches):
     shape, rows = (n, size, size, 3), path.with_name(f".tmp-{path.name[-60:]}.npy")
     if 2 * math.prod(shape) > (free := shutil.disk_usage(path.absolute().parent).free):
         raise BadInput(f"--out {path}: {2 * math.prod(shape) / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
-    try:
-        if rank() == 0:
-            with open(rows, "wb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-        meet()
-        with open(rows, "rb+") as file:  # no memory map: on a full disk, writing to one ends the process
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-            for indices, images in batches:
-                file.seek(start + indices.start * math.prod(shape[1:]))
-                file.write(images.permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes())
-        meet()
-        if rank() == 0:
-            with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as file:
-                file.write(rows, "arr_0.npy")
-    finally:
-        if rank() == 0:
-            rows.unlink(missing_ok=True)
+    with saving(path):
+        try:
+            if rank() == 0:
+                with open(rows, "wb") as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+            meet()
+            with open(rows, "rb+") as file:  # no memory map: on a full disk, writing to one ends the process
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
+                start = file.tell()
+                for indices, images in batches:
+                    file.seek(start + indices.start * math.prod(shape[1:]))
+                    file.write(images.permute(0, 2, 3, 1).contiguous().cpu().numpy().tobytes())
+            meet()
+            if rank() == 0:
+                with atomic(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as file:
+                    file.write(rows, "arr_0.npy")
+        finally:
+            if rank() == 0:
+                rows.unlink(missing_ok=True)
 
 
 def write_folder(folder, batches, draw, facts):
@@ -59,5 +70,5 @@ def write_folder(folder, batches, draw, facts):
     missing = [indices for indices in batches if not all((folder / f"{i:06d}.png").exists() for i in indices)]
     for indices, images in draw(missing):
         for i, image in zip(indices, images.permute(0, 2, 3, 1).cpu().numpy()):
-            with atomic(folder / f"{i:06d}.png") as temporary:
+            with saving(folder), atomic(folder / f"{i:06d}.png") as temporary:
                 Image.fromarray(image).save(temporary, "png")

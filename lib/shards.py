@@ -86,7 +86,8 @@ def read_stats(path, channels):
         if not (mean.isfinite() & std.isfinite() & (std > 0)).all():
             raise ValueError("not finite, or a std of 0")
     except Exception as error:
-        reason = " ".join(str(error).split())[:99]
+        known = isinstance(error, (OSError, RuntimeError, ValueError))  # others say what would be unsafe to follow
+        reason = " ".join(str(error).split())[:99] if known else type(error).__name__
         raise BadInput(f"{path}: expected tensors mean and std of {channels} channels ({reason}): mend it, or "
                        "remove it to use the latents as they are") from None
     return mean, std

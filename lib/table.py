@@ -3,6 +3,7 @@ import csv
 import os
 
 from lib.run import BadInput, atomic, rank
+from lib.samples import saving
 
 
 def read_rows(path, columns):
@@ -26,7 +27,7 @@ def append_rows(path, columns, rows):
     """Add rows, by rank 0. The whole file is written anew and takes the place of the old one: never half a row."""
     if rank() == 0:
         rows = read_rows(path, columns) + rows
-        with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        with saving(path), atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, columns)
             table.writeheader()
             table.writerows(rows)
