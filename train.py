@@ -198,9 +198,9 @@ def main(argv=None):
     for name in ("shape", "vae", "num_classes", "class_names"):
         if val and getattr(val, name) != getattr(data, name):
             raise BadInput(f"--val {args.val}: another {name} ({getattr(val, name)}) than {args.latents}")
-    channels, grid, _ = data.shape
-    if grid % args.patch:
-        raise BadInput(f"--patch {args.patch} does not divide the latents' {grid}x{grid} grid")
+    channels, grid, width = data.shape
+    if grid != width or grid % args.patch:
+        raise BadInput(f"latents of {grid}x{width}: expected a square grid that --patch {args.patch} divides")
     torch.manual_seed(args.seed)
     net = JLT(grid, args.patch, channels, num_classes=data.num_classes, **SIZES[args.model])
     if args.init:

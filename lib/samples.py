@@ -65,7 +65,8 @@ def write_folder(folder, batches, draw, facts):
     if rank() == 0:
         if any(folder.glob("*.png")) and (not note.exists() or note.read_text(encoding="utf-8") != facts):
             raise BadInput(f"--out {folder}: holds images drawn with other settings (see its facts.txt): take another")
-        note.write_text(facts, encoding="utf-8")
+        with saving(note):
+            note.write_text(facts, encoding="utf-8")
     meet()
     missing = [indices for indices in batches if not all((folder / f"{i:06d}.png").exists() for i in indices)]
     for indices, images in draw(missing):
