@@ -2521,6 +2521,7 @@ HOSTILE_TRAIN = {  # what is spoiled: (flags, how, exit code, words)
         "mean and std",
     ),
     "labels below 0": (["--out", "new"], lambda: hostile_foreign(labels=-1), 2, "from -1"),
+    "latents not square": (["--out", "new"], lambda: hostile_foreign(cut=4), 2, "no square"),
     "latents not finite": (["--out", "new"], lambda: hostile_foreign(latents=float("nan")), 2, "not finite"),
     "file-size limit": (["--out", "new"], lambda: hostile_limit(1 << 20), 1, "cannot save"),
     "out 250 letters": (["--out", "n" * 250], None, 0, ""),
@@ -2529,10 +2530,12 @@ HOSTILE_TRAIN = {  # what is spoiled: (flags, how, exit code, words)
 }
 
 
-def hostile_foreign(**fill):
-    """The cache as others would write it, some of its tensors filled with one value."""
+def hostile_foreign(cut=None, **fill):
+    """The cache as others would write it, latents cut to fewer rows, some of its tensors filled with one value."""
     (shard,) = pathlib.Path("cache").glob("latents*")
-    tensors = load_file(shard)
+    tensors = {
+        name: value if name == "labels" else value[:, :, :cut].contiguous() for name, value in load_file(shard).items()
+    }
     for name, value in fill.items():
         tensors[name].fill_(value)
     save_file(tensors, shard)
@@ -2575,6 +2578,15 @@ def test_hostile_training(case, hostile_base, hostile, hostile_no_limit, capsys)
     hostile_check(capsys, train.main(hostile_train(*more)), wanted, said, before, set(hostile.rglob("*")))
     if case == "log torn":
         assert [row[0] for row in log_rows(pathlib.Path("run"))] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
+def test_hostile_weights(spoil, hostile, capsys):
+    tensors, settings = read_checkpoint("a.safetensors")
+    tensors["ema.blocks.0.mlp.w3.bias"][0] = spoil
+    save_checkpoint("a.safetensors", tensors, settings)
+    assert sample.main(["--ckpt", "a.safetensors", "--n", "2"]) == 2
+    assert "blocks.0.mlp.w3.bias holds values that are not finite" in capsys.readouterr().err
 
 
 HOSTILE_SETTINGS = dict(

@@ -200,7 +200,7 @@ def main(argv=None):
             raise BadInput(f"--val {args.val}: another {name} ({getattr(val, name)}) than {args.latents}")
     channels, grid, width = data.shape
     if grid != width or grid % args.patch:
-        raise BadInput(f"latents of {grid}x{width}: expected a square grid that --patch {args.patch} divides")
+        raise BadInput(f"--patch {args.patch} does not divide the latents' {grid}x{width} grid, or that is no square")
     torch.manual_seed(args.seed)
     net = JLT(grid, args.patch, channels, num_classes=data.num_classes, **SIZES[args.model])
     if args.init:
