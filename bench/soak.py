@@ -38,7 +38,7 @@ def alive():
 
 
 def family(pid):
-    """A process and its descendants: torchrun gives each worker a session of its own, so no process group has all."""
+    """A process and its descendants: torchrun starts each worker apart, so no process group has all."""
     found, parents = [pid], alive()
     for member in found:  # grows while it is read
         found += [child for child, parent in parents.items() if parent == member]
