@@ -338,6 +338,7 @@ def main(argv=None):
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the codec (never fp16)")
     args = parser.parse_args(argv)
     stop = StopSignal()
+    list_images(args.images)  # a wrong folder is told before a codec is downloaded
     vae = load_vae(args.vae, pick_device(), args.dtype)
     return write_cache(args.images, args.out, vae, args.size, not args.no_flip, args.batch, stop=stop)
 
