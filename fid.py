@@ -29,7 +29,7 @@ from lib.flags import Parser, interval, number, sampling_flags
 from lib.inception import CLASSES, FEATURES, Inception, load_inception
 from lib.npz import image_rows, image_shape, read_statistics, write_statistics
 from lib.prefetch import prefetched
-from lib.run import BadInput, atomic, meet, pick_device, program, rank, say, world_size
+from lib.run import BadInput, meet, pick_device, program, rank, say, world_size
 from lib.table import append_rows, read_rows
 from model import TARGETS
 from sample import (compile_net, generate, load_denoiser, open_vae, pick_classes, rank_batches, set_floor, use_bf16,
@@ -107,7 +107,7 @@ def covariance_root(sigma):
 def frechet_distance(mu1, sigma1, mu2, sigma2, root2=None):
     """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½), between two Gaussians (arXiv 1706.08500), in float64.
 
-    sigma1 sigma2 = sigma1 R2 R2ᵀ is not symmetric, but R2ᵀ sigma1 R2 is, with the same eigenvalues other than 0. So no
+    sigma1 sigma2 = sigma1 R2 R2ᵀ is not symmetric; R2ᵀ sigma1 R2 is, with the same eigenvalues but for 0. So no
     general matrix root is needed, and singular covariances need no care. root2: R2, where known beforehand.
     """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2))
