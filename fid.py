@@ -322,7 +322,7 @@ def main(argv=None):
         vae = vae or open_vae(settings, net.in_channels, args.vae, device)
         check_size(reference, "x".join([str(net.input_size * vae.stride)] * 2), args.force)
         classes = pick_classes(args.classes, settings.get("class_names"), net.num_classes) if args.classes else None
-        if n >= 1000:  # compiling takes a minute or two
+        if n >= 1000:  # compiling takes up to a minute or two
             compile_net(net, device)
         known = read_rows(table, COLUMNS)  # before any rank can have added to it
         append_rows(table, COLUMNS, [])    # fails here, if it has to

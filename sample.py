@@ -9,6 +9,7 @@ which noise and label image number i gets; how a checkpoint file becomes a denoi
 """
 import importlib.util
 import pathlib
+import shutil
 import sys
 import zlib
 
@@ -96,8 +97,10 @@ def generate(denoiser, vae, indices, classes, seed=0, cfg=1.0, interval=(0.1, 1.
 
 
 def compile_net(net, device):
-    """torch.compile on CUDA, where Triton is at hand. In place: the state dict keeps its names."""
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
+    """torch.compile, in place: the state dict keeps its names. It wants Triton on CUDA, a C++ compiler on a CPU."""
+    tool = {"cuda": importlib.util.find_spec("triton"), "cpu": shutil.which("g++")}.get(device.type)
+    if tool:
+        torch._dynamo.config.suppress_errors = True  # where it fails nevertheless, it warns and goes on without
         net.compile()
     elif device.type == "cuda":
         say("without torch.compile: Triton is not installed")
@@ -297,7 +300,7 @@ def main(argv=None):
             picture_grid(images, len(classes), captions, facts).save(temporary, "png")
     elif not grid:
         meet()
-        if n >= 1000:  # compiling takes a minute or two
+        if n >= 1000:  # compiling takes up to a minute or two
             compile_net(denoiser.net, device)
         batches = rank_batches(n, args.batch)
         if args.out.suffix == ".npz":

@@ -1231,6 +1231,35 @@ def test_sample_program_grid_folder_and_npz_agree(tmp_path, monkeypatch, capsys)
     assert np.abs(wanted.permute(0, 2, 3, 1).numpy().astype(int) - pixels).max() <= 1
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler on a CPU")
+@pytest.mark.parametrize("works", [True, False])
+def test_compiled_network_draws_what_the_plain_one_draws(works):
+    def draw(compiled):
+        torch.manual_seed(0)
+        net, y = awake(tiny_net(depth=1)), torch.tensor([1, 2, 3])
+        names = list(net.state_dict())
+        if compiled:
+            sample.compile_net(net, torch.device("cpu"))
+        assert list(net.state_dict()) == names
+        with torch.inference_mode():
+            return ode_sample(guided_velocity(Denoiser(net).eval(), y, 1.5, (0.1, 1.0)), noise, 3)
+
+    noise = image_noise(0, range(3), (3, 8, 8))
+    torch.compiler.reset()
+    kept = torch._dynamo.config.suppress_errors
+    try:
+        with torch._inductor.config.patch(
+            {} if works else {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+        ):
+            compiled = draw(True)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    finally:
+        torch._dynamo.config.suppress_errors = kept
+        torch.compiler.reset()
+    assert (compiled - draw(False)).abs().max() < 1e-4
+    assert graphs  # it was compiled, or tried: not only passed over
+
+
 def test_newest_checkpoint_is_the_newest_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for age, name in enumerate(("b/last", "b/ema", "c/last", "a/ema", "a/previous")):
