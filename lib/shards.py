@@ -125,14 +125,15 @@ class Rows:
 
     def gather(self, rows, flip):
         """rows: int64 (B,), flip: bool (B,) -> latents (B, C, h, w) in the stored type. Other threads run meanwhile."""
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self.starts[-1]:
+        if not len(rows):
+            return torch.empty(0, *self.shape, dtype=self.dtype)
+        if not 0 <= rows.min() <= rows.max() < self.starts[-1]:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.starts[-1]}")
         shard = np.searchsorted(self.starts, rows, "right") - 1
         keys, within = (2 * shard + (flip & self.mirrored)).tolist(), (rows - self.starts[shard]).tolist()
         for key in set(keys) - self.maps.keys():
             self.maps[key] = self.table(key // 2, key % 2)
-        length = math.prod(self.shape) * self.dtype.itemsize
-        out = np.empty(len(rows) * length, np.uint8)  # NumPy asks for huge pages, which torch.empty does not
-        if len(rows):  # nearly as fast as a gather in memory
-            np.concatenate([self.maps[key][row] for key, row in zip(keys, within)], out=out)
+        # Into memory of NumPy's, which asks for huge pages where torch.empty does not: nearly as fast as from an array.
+        out = np.empty(len(rows) * math.prod(self.shape) * self.dtype.itemsize, np.uint8)
+        np.concatenate([self.maps[key][row] for key, row in zip(keys, within)], out=out)
         return torch.from_numpy(out).view(self.dtype).view(len(rows), *self.shape)
