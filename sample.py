@@ -97,13 +97,11 @@ def generate(denoiser, vae, indices, classes, seed=0, cfg=1.0, interval=(0.1, 1.
 
 
 def compile_net(net, device):
-    """torch.compile, in place: the state dict keeps its names. It wants Triton on CUDA, a C++ compiler on a CPU."""
-    tool = {"cuda": importlib.util.find_spec("triton"), "cpu": shutil.which("g++")}.get(device.type)
-    if tool:
-        torch._dynamo.config.suppress_errors = True  # where it fails nevertheless, it warns and goes on without
-        net.compile()
-    elif device.type == "cuda":
-        say("without torch.compile: Triton is not installed")
+    """torch.compile, in place: the state dict keeps its names. Where it cannot work, says so and leaves it out."""
+    if not {"cuda": importlib.util.find_spec("triton"), "cpu": shutil.which("g++")}.get(device.type):
+        return say("without torch.compile: it wants Triton on CUDA, g++ on a CPU")
+    torch._dynamo.config.suppress_errors = True  # where it fails nevertheless, it warns and goes on without
+    net.compile()
 
 
 def use_bf16(precision, device):

@@ -1233,31 +1233,32 @@ def test_sample_program_grid_folder_and_npz_agree(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler on a CPU")
 @pytest.mark.parametrize("works", [True, False])
-def test_compiled_network_draws_what_the_plain_one_draws(works):
-    def draw(compiled):
+def test_compiled_network_draws_and_learns_what_the_plain_one_does(works):
+    def run(compiled):
         torch.manual_seed(0)
         net, y = awake(tiny_net(depth=1)), torch.tensor([1, 2, 3])
-        names = list(net.state_dict())
+        names, denoiser = list(net.state_dict()), Denoiser(net)
         if compiled:
             sample.compile_net(net, torch.device("cpu"))
-        assert list(net.state_dict()) == names
+        denoiser(noise, y, torch.tensor([0.1, 0.5, 0.9]), noise.flip(0), y == 1).backward()
         with torch.inference_mode():
-            return ode_sample(guided_velocity(Denoiser(net).eval(), y, 1.5, (0.1, 1.0)), noise, 3)
+            z = ode_sample(guided_velocity(denoiser.eval(), y, 1.5, (0.1, 1.0)), noise, 3)
+        assert list(net.state_dict()) == names
+        return z, *(p.grad for p in net.parameters())
 
     noise = image_noise(0, range(3), (3, 8, 8))
     torch.compiler.reset()
     kept = torch._dynamo.config.suppress_errors
+    broken = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     try:
-        with torch._inductor.config.patch(
-            {} if works else {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
-        ):
-            compiled = draw(True)
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        with torch._inductor.config.patch({} if works else broken):
+            compiled = run(True)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"]  # it was compiled, or tried
     finally:
         torch._dynamo.config.suppress_errors = kept
         torch.compiler.reset()
-    assert (compiled - draw(False)).abs().max() < 1e-4
-    assert graphs  # it was compiled, or tried: not only passed over
+    for ours, plain in zip(compiled, run(False), strict=True):
+        assert (ours - plain).abs().max() < 1e-4
 
 
 def test_newest_checkpoint_is_the_newest_run(tmp_path, monkeypatch):

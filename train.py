@@ -9,6 +9,7 @@ endless stream, its time, noise, mirroring and hidden label are functions of (se
 neither the number of GPUs, nor the micro-batch, nor an interruption changes them. (2) Everything that a run will need
 is opened before step 0. (3) The hot loop never waits for the GPU: numbers are read back only where a line is logged.
 """
+import argparse
 import contextlib
 import copy
 import functools
@@ -142,7 +143,7 @@ def parse(argv):
     how.add_argument("--ema", type=number(float, 0, 1), nargs="+", help="decay of one or two averages of the weights")
     how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
     how.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order, times, noise")
-    how.add_argument("--no-compile", action="store_true", help="do without torch.compile on CUDA")
+    how.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     when = parser.add_argument_group("once in a while (in steps, 0 = never)")
     when.add_argument("--log-every", type=number(int, 1), help="a line, and a row of log.csv")
     when.add_argument("--sample-every", type=number(int, 0), help="a grid of pictures, and the loss by time")
@@ -246,7 +247,7 @@ def main(argv=None):
         import fid
         reference, inception = fid.load_reference(args.ref), fid.load_inception(args.inception, device)
         fid.check_size(reference, "x".join([str(grid * vae.stride)] * 2))
-    if device.type == "cuda" and not args.no_compile:  # on a CPU, training gains too little by it
+    if args.compile or (args.compile is None and device.type == "cuda"):  # a minute's work: on a CPU, for long runs
         compile_net(net, device)
     model = denoiser
     if ranks > 1:

@@ -21,7 +21,7 @@ from lib.log import peak_memory
 from lib.prefetch import prefetched
 from lib.run import BadInput, atomic, pick_device, program
 from model import JLT, SIZES, Denoiser
-from sample import generate, guided_velocity, ode_sample
+from sample import compile_net, generate, guided_velocity, ode_sample
 from train import CLIP, read_micro, step_noise, update_ema
 from vae import LatentDataset
 
@@ -117,16 +117,18 @@ def write_cache(folder, shape, shards, rows):
 def forward(bench, scratch):
     """The network without gradients, against the peak."""
     net, n, device = bench.network().eval(), 256 if bench.cuda else 8, bench.device
+    compiled = copy.deepcopy(net)
+    compile_net(compiled, device)
     z, t, y = torch.randn(n, *SHAPE, device=device), torch.rand(n, device=device), torch.arange(n, device=device)
 
     @torch.inference_mode()
-    def run(bf16):
+    def run(net, bf16):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             net(z, t, y)
     (product, work), (product16, _) = bench.product(torch.float32), bench.product(torch.bfloat16)
-    tasks = {"fp32": lambda: run(False), "fp32 peak": product}
+    tasks = {"fp32": lambda: run(net, False), "fp32 peak": product}
     if bench.bf16:
-        tasks |= {"bf16": lambda: run(True), "bf16 peak": product16}
+        tasks |= {"bf16": lambda: run(net, True), "bf16, compiled": lambda: run(compiled, True), "bf16 peak": product16}
     seconds = bench.in_turns(tasks)
     for name, asked in {"fp32": "0.80", "bf16": "0.50"}.items():
         measured = "bf16: no instructions"
@@ -136,9 +138,10 @@ def forward(bench, scratch):
                         f"({n / median(seconds[name]):.1f} images/s)")
         bench.row(f"forward B/1, batch {n}, {name}: share of the {name} peak", measured, asked * (not bench.cuda))
     if bench.bf16:
-        bench.row("forward, bf16: times as fast as fp32 (the peaks: "
-                  f"{ratio(seconds['fp32 peak'], seconds['bf16 peak']):.2f})",
-                  f"{ratio(seconds['fp32'], seconds['bf16']):.2f}", "2.5" * (not bench.cuda))
+        for name in ("bf16", "bf16, compiled"):
+            bench.row(f"forward, {name}: times as fast as fp32 (the peaks: "
+                      f"{ratio(seconds['fp32 peak'], seconds['bf16 peak']):.2f})",
+                      f"{ratio(seconds['fp32'], seconds[name]):.2f}", "2.5" * (not bench.cuda))
 
 
 class Trainer:
@@ -150,7 +153,7 @@ class Trainer:
         how = dict(foreach=False, fused=False) if plain else dict(fused=True)
         self.optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.0, **how)
         if compiled:
-            net.compile()
+            compile_net(net, bench.device)
 
     def loss(self, batch, bf16):
         x, y, normals, hide = (part.to(self.device, non_blocking=True) for part in batch)
@@ -185,14 +188,18 @@ def training(bench, scratch):
     tasks = {"plain": lambda: plain.step(batch, False), "fp32": lambda: ours.step(batch, False), "peak": product}
     if bench.bf16:
         tasks["bf16"] = lambda: ours.step(batch, True)
+    if bench.bf16 and not bench.cuda:  # what train.py --precision bf16 --compile does (on CUDA: full_run)
+        compiled = Trainer(bench, bench.network(), compiled=True)
+        tasks["bf16, compiled"] = lambda: compiled.step(batch, True)
     seconds = bench.in_turns(tasks)
-    for name, asked in {"fp32": "1.0", "bf16": "2.2" * (not bench.cuda)}.items():
-        measured = "bf16: no instructions" if name not in seconds else (
-            f"{ratio(seconds['plain'], seconds[name]):.2f} ({n / median(seconds[name]):.2f} images/s)")
-        bench.row(f"training step B/1, batch {n}, eager {name}: times as fast as the plain fp32 step", measured, asked)
+    for name, asked in {"fp32": "1.0", "bf16": "2.2", "bf16, compiled": "2.2"}.items():
+        if name not in seconds:
+            continue
+        measured = f"{ratio(seconds['plain'], seconds[name]):.2f} ({n / median(seconds[name]):.2f} images/s)"
+        bench.row(f"training step B/1, batch {n}, {name}: times as fast as the plain eager fp32 step", measured, asked)
     share = ratio(seconds["peak"], seconds["fp32"]) * n * work / product_work
     bench.row("the fp32 step: share of the fp32 peak", f"{share:.2f}")
-    bench.row("peak memory of two networks with optimizer and EMA", f"{peak_memory(bench.device):.1f} GB")
+    bench.row("peak memory of these networks with optimizer and EMA", f"{peak_memory(bench.device):.1f} GB")
     if bench.cuda:
         del ours, plain, product, tasks
         full_run(bench, data)
@@ -298,7 +305,7 @@ def sampling(bench, scratch):
         draw = functools.partial(generate, denoiser, codec, range(n), range(1000), cfg=2.9)
         eager = median(bench.in_turns({0: draw})[0]) / n
         bench.row(f"50 Heun steps, guided, bf16, batch {n}, without decoding", f"{1 / eager:.1f} images/s")
-        denoiser.net.compile()
+        compile_net(denoiser.net, device)
         compiled = median(bench.in_turns({0: draw})[0]) / n
         bench.row("the same, compiled", f"{1 / compiled:.1f} images/s ({eager / compiled:.2f} times as fast)")
         for cards in (1, 8):
