@@ -1,7 +1,7 @@
 """How good the samples are: FID and Inception Score, measured in memory, on all ranks, and swept over guidance.
 
     python fid.py --images FOLDER --size 256 --save-ref ref.npz              statistics of real images, to compare with
-    torchrun --nproc_per_node=8 fid.py --ckpt out/RUN/ema.safetensors --ref ref.npz --cfg 1 2 2.9 --weights ema model
+    torchrun --nproc_per_node=8 fid.py --ckpt out/RUN/last.safetensors --ref ref.npz --cfg 1 2 2.9 --weights ema model
     python fid.py --npz samples.npz --ref VIRTUAL_imagenet256_labeled.npz    ADM's sample file against ADM's statistics
 
 FID compares two sets of images by mean and covariance of the 2048 features that one certain network (lib/inception.py)
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.flags import Parser, interval, number, sampling_flags
-from lib.inception import CLASSES, FEATURES, Inception, load_inception
+from lib.images import SUFFIXES
+from lib.inception import CLASSES, FEATURES, load_inception
 from lib.npz import image_rows, image_shape, read_statistics, write_statistics
 from lib.prefetch import prefetched
 from lib.run import BadInput, meet, pick_device, program, rank, say, world_size
@@ -34,7 +35,7 @@ from lib.table import append_rows, read_rows
 from model import TARGETS
 from sample import (compile_net, generate, load_denoiser, open_vae, pick_classes, rank_batches, set_floor, use_bf16,
                     warn_if_young)
-from vae import SUFFIXES, center_crop, image_tensor, open_image
+from vae import center_crop, image_tensor, open_image
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics, FID and IS
@@ -222,7 +223,8 @@ def describe(denoiser, vae, reference, n, seed=0, cfg=1.0, interval=(0.1, 1.0), 
             "interval": "-" if cfg == 1 else f"{interval[0]:g},{interval[1]:g}",  # without guidance it means nothing
             "steps": str(steps), "method": method, "nfe": str(2 * steps - 1 if method == "heun" else steps),
             "t_eps": f"{denoiser.t_eps:g}", "classes": " ".join(map(str, classes)) if classes else "all", "vae": vae.id,
-            "seed": str(seed), "precision": "bf16" if use_bf16(precision, state[name].device) else "fp32", "n": str(n),
+            "seed": str(seed), "n": str(n),
+            "precision": "bf16" if use_bf16(precision, next(denoiser.parameters()).device) else "fp32",
             "reference": reference.hash}
 
 
@@ -314,8 +316,8 @@ def main(argv=None):
         return
     n, table, vae = args.n or 50000, args.csv or args.ckpt.with_name("fid.csv"), None
     warn_about(n)
-    for weights in dict.fromkeys(args.weights):
-        denoiser = load_denoiser(args.ckpt, weights, device, args.target, args.input_size)
+    denoisers = {name: load_denoiser(args.ckpt, name, device, args.target, args.input_size) for name in args.weights}
+    for weights, denoiser in denoisers.items():
         settings, net = denoiser.settings, denoiser.net
         set_floor(denoiser, args.t_eps)
         warn_if_young(settings, weights)

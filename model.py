@@ -7,7 +7,7 @@ The legend, kept to by every file here:
     t   time, one number per image: t = 0 is noise, t = 1 is data
     z   what the network sees:           z = t * x + (1 - t) * e
     v   the velocity of that path:       v = dz/dt = x - e
-    y   the image's class label, an integer; the number of classes itself stands for "no class"
+    y   the image's class label, 0 ... num_classes-1; the label num_classes stands for "no class"
 
 (Inside the Transformer, x is the sequence of tokens, and v an attention head's values, as everywhere.)
 
@@ -136,9 +136,10 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens: a convolution without bias into a narrow bottleneck, then 1×1 up to the width. A patch of p*p
-    pixels with C channels holds p*p*C numbers; what is worth keeping of them is much less. Without a bottleneck, one
-    convolution (the paper's release). A convolution reads its patch in the order channel, row, column."""
+    """Patches to tokens: a convolution without bias into a bottleneck, then 1×1 up to the width. A patch of p*p latent
+    pixels with C channels holds p*p*C numbers; what is worth keeping of them is less (at p = 1 and C = 128 the paper's
+    128 leave all of them through). Without a bottleneck, one convolution (the paper's release). A convolution reads its
+    patch in the order channel, row, column."""
 
     def __init__(self, patch_size, in_channels, dim, bottleneck):
         super().__init__()
@@ -154,7 +155,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """t in [0, 1], as it is (not times 1000), to a vector: cosines, then sines, of 128 frequencies, then an MLP."""
+    """t in [0, 1], unscaled as in the release, to a vector: cosines, then sines, of 128 frequencies, then an MLP."""
 
     def __init__(self, dim):
         super().__init__()
@@ -235,7 +236,7 @@ class JLT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                        # (B, C, rows*p, cols*p)
 
     def forward(self, z, t, y):
-        """z: (B, C, H, W); t: (B,) in [0, 1]; y: (B,) int64 in [0, num_classes], the last for no class.
+        """z: (B, C, H, W); t: (B,) in [0, 1]; y: (B,) int64, 0 ... num_classes-1, or num_classes for no class.
         Returns the raw prediction, z's shape; its dtype is z's, or autocast's."""
         x = self.x_embedder(z)                                                             # (B, N, dim)
         c = self.t_embedder(t) + self.y_embedder(y)                                        # (B, dim)
@@ -254,16 +255,17 @@ class Denoiser(nn.Module):
     target: what the network predicts, "x", "eps" or "v".
     loss: the space in which the squared error is taken, "v" in the paper whatever the target.
     P_mean, P_std: t = sigmoid(n), n ~ N(P_mean, P_std²): training dwells on noisy times (t around 0.3).
-    t_eps: floor of the denominators 1-t and t. It hardly acts in training, where such times are rare. It does act in
-        the last steps of sampling from x: there the step is shorter than it should be, and a little noise stays. It may
-        be changed after training (sample.py --t-eps).
+    t_eps: floor of the denominators, 1-t for x and t for eps, since 1/(1-t) and 1/t grow without bound. It hardly acts
+        in training, where such times are rare. It does in sampling: in the last steps from x, which get shorter than
+        they should be, so that a little noise stays; in the first ones from eps. sample.py --t-eps changes it.
     label_drop: share of training images whose label is replaced by "no class", for guidance.
     """
 
     def __init__(self, net, target="x", loss="v", P_mean=-0.8, P_std=0.8, t_eps=0.05, label_drop=0.1):
         super().__init__()
-        if target not in TARGETS or loss not in TARGETS:
-            raise ValueError(f"target {target!r}, loss {loss!r}: each is one of {', '.join(TARGETS)}")
+        for name, value in {"target": target, "loss": loss}.items():
+            if value not in TARGETS:
+                raise ValueError(f"{name} {value!r}: expected one of {', '.join(TARGETS)}")
         self.net, self.target, self.loss = net, target, loss
         self.P_mean, self.P_std, self.t_eps, self.label_drop = P_mean, P_std, t_eps, label_drop
 
@@ -272,7 +274,7 @@ class Denoiser(nn.Module):
         return torch.sigmoid(self.P_mean + self.P_std * normals)
 
     def loss_weight(self, t):
-        """w(t), by which |target - prediction|² becomes the squared error in the space of the loss.
+        """w(t), by which |target - prediction|² becomes the squared error in the space of the loss: 3 × 3 losses.
 
         Put prediction and target through the same conversion and z cancels: only a factor stays. With an error of the
         velocity dv, the error of x is (1-t) dv and that of e is t dv (e = z - t v). So, first to v, then to the loss:
@@ -311,7 +313,9 @@ class Denoiser(nn.Module):
             return (pred - z) / (1 - t).clamp(min=self.t_eps)
         if self.target == "eps":
             return (z - pred) / t.clamp(min=self.t_eps)
-        return pred
+        if self.target == "v":
+            return pred
+        raise NotImplementedError(f"the velocity from {self.target}")
 
     def velocity(self, z, t, y):
         """dz/dt at z (B, C, H, W), in fp32; t a float or (B,); y (B,) labels."""

@@ -140,8 +140,9 @@ def build_net(weights, path, input_size):
     return net
 
 
-def load_init(path, net, target):
-    """The network in `path`, to start from, where it is of the kind of `net`. Raises BadInput otherwise."""
+def load_init(path, net, target, class_names=None):
+    """The network in `path`, to start from, where it is of the kind of `net`. Where the classes are others, by number
+    or by name, the label table is that of `net`. Raises BadInput where the networks differ otherwise."""
     sets, settings = read_weights(path)
     start = build_net(sets.get("ema") or sets["model"], path, net.input_size)
     if settings.get("target") not in (None, target):
@@ -154,8 +155,9 @@ def load_init(path, net, target):
     for name in ours | theirs:
         if ours.get(name) != theirs.get(name):
             raise BadInput(f"--init {path}: {name} is {theirs.get(name)} there, {ours.get(name)} here: mind the flags")
-    if start.num_classes != net.num_classes:
-        say(f"--init {path}: {start.num_classes} classes there, {net.num_classes} here: the label table starts anew")
+    known = settings.get("class_names") or class_names  # a file, or a cache, that does not name its classes is believed
+    if start.num_classes != net.num_classes or (class_names and known != class_names):
+        say(f"--init {path}: its {start.num_classes} classes are not the {net.num_classes} here: a new label table")
         start.y_embedder, start.num_classes = net.y_embedder, net.num_classes
     return start
 
@@ -175,7 +177,7 @@ def load_denoiser(path, weights="ema", device="cpu", target=None, input_size=Non
         target = target or settings["target"]
         if target is None:
             raise BadInput(f"{path} does not say what its network predicts: give --target x, eps or v")
-        input_size = input_size or settings.get("input_size") or settings["size"] // 16  # FLUX.2: 16× smaller
+        input_size = input_size or settings.get("input_size") or settings["size"] // 16  # where nothing is said: FLUX.2
         if not 1 <= input_size <= 512:
             raise ValueError(f"latent size {input_size}")
         known = {"P_mean", "P_std", "t_eps", "label_drop"} & settings.keys()
@@ -202,12 +204,12 @@ def warn_if_young(settings, weights):
     decays, place = settings.get("ema") or [], {"ema": 0, "ema2": 1}.get(weights, 9)
     if place < len(decays) and is_young(settings["step"], decays[place]):
         say(f"warning: {settings['step']} steps are few for an EMA of {decays[place]}: it still remembers the start; "
-            "compare with --weights model")
+            "compare with --weights model of the run's last.safetensors")
 
 
 def open_vae(settings, channels, override=None, device="cpu"):
     """The codec that decodes a checkpoint's latents, of so many channels: the one asked for, else the local one that
-    made them, where that still exists, else the published one. Raises BadInput."""
+    made them, where that still exists, else the one that their settings name. Raises BadInput."""
     known, hint = settings.get("vae") or {}, settings.get("hint")
     name = override or (hint if hint and pathlib.Path(hint).exists() else None) or known.get("id")
     if not name:
@@ -223,7 +225,7 @@ def open_vae(settings, channels, override=None, device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
-SHOWN = (88, 207, 279, 360, 387, 417, 933, 979)  # of ImageNet: macaw, retriever, arctic fox, otter, red panda ...
+SHOWN = (88, 207, 279, 360, 387, 417, 933, 979)  # of ImageNet, sorted by WordNet id: macaw, retriever, arctic fox ...
 
 
 def pick_classes(wanted, names, num_classes):

@@ -1165,6 +1165,7 @@ def test_published_checkpoint_loads_as_it_is(tmp_path):
     with pytest.raises(BadInput, match="--target"):
         load_denoiser(path)
     assert load_denoiser(path, target="x").target == "x"
+    assert load_denoiser(path, target="x").settings["vae"]["id"] == vae.FLUX2_ID  # no warning of another codec
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
@@ -1704,7 +1705,7 @@ def test_fine_tuning_with_another_number_of_classes(tmp_path, finished, capsys):
     cache = small_cache(tmp_path, classes=3)
     start = finished[1] / "ema.safetensors"
     assert train.main(flags(cache, tmp_path / "run", "--init", start, "--lr", 0, steps=1)) == 0
-    assert "4 classes there, 3 here" in capsys.readouterr().out
+    assert "its 4 classes are not the 3 here" in capsys.readouterr().out
     before, after = (
         load_denoiser(start).net.state_dict(),
         load_denoiser(tmp_path / "run" / "ema.safetensors").net.state_dict(),
@@ -1716,6 +1717,18 @@ def test_fine_tuning_with_another_number_of_classes(tmp_path, finished, capsys):
     assert "patch size is 4 there, 2 here" in capsys.readouterr().err
     assert train.main(flags(cache, tmp_path / "other", "--init", start, "--target", "v")) == 2
     assert "--target x" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "names, kept", [(list("abcde"), True), (None, True), (list("abcdx"), False), (list("edcba"), False)]
+)
+def test_init_keeps_the_labels_of_the_same_classes_only(tmp_path, names, kept, capsys):
+    save_tiny(tmp_path / "a.safetensors")
+    saved = load_denoiser(tmp_path / "a.safetensors").net.y_embedder.embedding_table.weight
+    net = awake(tiny_net(), seed=5)
+    start = sample.load_init(tmp_path / "a.safetensors", net, "x", names).y_embedder.embedding_table.weight
+    assert torch.equal(start, saved if kept else net.y_embedder.embedding_table.weight)
+    assert ("a new label table" in capsys.readouterr().out) == (not kept)
 
 
 def test_the_papers_recipe_is_printed_before_it_needs_data(tmp_path, monkeypatch, capsys):
@@ -2069,7 +2082,7 @@ def fid_restated(state, images):
 @pytest.fixture(scope="module")
 def fid_inception():
     torch.manual_seed(6)
-    inception = fid.Inception().eval().requires_grad_(False)
+    inception = lib.inception.Inception().eval().requires_grad_(False)
     for module in inception.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.uniform_(1, 3)
@@ -2275,7 +2288,7 @@ def test_fid_grey_and_tiny_images(fid_small, tmp_path, capsys):
         Image.fromarray(np.full((1, 1), i * 20, np.uint8)).save(tmp_path / f"{i}.png")
     assert fid.main(["--images", str(tmp_path), "--ref", str(fid_ref(tmp_path / "ref.npz"))]) == 0
     assert "size 1x1" in capsys.readouterr().out
-    inception = fid.Inception().eval()
+    inception = lib.inception.Inception().eval()
     assert inception(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))[0].isfinite().all()
 
 
@@ -2388,6 +2401,17 @@ def test_fid_sweep_continues(fid_small, fid_network, tmp_path, capsys, monkeypat
         next(fid_network.net.parameters()).add_(1)  # and so are other weights
     assert fid.main(command) == 0
     assert len(drawn) == 4 + 12
+
+
+def test_fid_sweep_asks_for_all_its_weights_before_the_first_cell(fid_small, tmp_path, capsys):
+    save_tiny(tmp_path / "last.safetensors")
+    tensors, settings = read_checkpoint(tmp_path / "last.safetensors", skip="model")
+    save_checkpoint(tmp_path / "ema.safetensors", tensors, settings)
+    command = ["--ref", fid_ref(tmp_path / "ref.npz"), "--n", 12, "--steps", 1, "--weights", "ema", "model", "--ckpt"]
+    fid_refused(capsys, [*command, tmp_path / "ema.safetensors"], "no weights 'model'")
+    assert not (tmp_path / "fid.csv").exists()
+    assert fid.main([str(a) for a in (*command, tmp_path / "last.safetensors")]) == 0
+    assert [row["weights"] for row in read_rows(tmp_path / "fid.csv", fid.COLUMNS)] == ["ema", "model"]
 
 
 def test_fid_evaluate_scores_what_generate_draws(fid_small, fid_network, tmp_path):

@@ -7,7 +7,7 @@
 Three rules shape this file. (1) What a run trains on follows from its settings and seed alone: image number p of the
 endless stream, its time, noise, mirroring and hidden label are functions of (seed, step, place in the global batch), so
 neither the number of GPUs, nor the micro-batch, nor an interruption changes them. (2) Everything that a run will need
-is opened before step 0. (3) The hot loop never waits for the GPU: numbers are read back only where a line is logged.
+is opened before step 0. (3) The hot loop never waits for the GPU: that is done where a line is logged or a file saved.
 """
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ from lib.run import (BadInput, RunFailed, StopSignal, lock_folder, meet, pick_de
 from model import JLT, SIZES, TARGETS, Denoiser
 from sample import compile_net, generate, is_young, load_init, open_vae, pick_classes, use_bf16
 
-PRESETS = {  # what --demo changes; every flag given beside it wins
+PRESETS = {  # the defaults, and those of --demo; a flag that is given wins
     "imagenet": dict(latents="data/imagenet256-flux2", model="B", patch=1, steps=250_000, batch=1024, lr=None, warmup=5,
                      decay=0.0, ema=[0.9999], cfg=2.9, log_every=100, sample_every=5000, save_every=5000),
     "demo": dict(latents="data/demo-pixels", model="T", patch=8, steps=1800, batch=64, lr=2e-3, warmup=1,
@@ -42,12 +42,12 @@ PRESETS = {  # what --demo changes; every flag given beside it wins
 }
 OBJECTIVE = dict(P_mean=-0.8, P_std=0.8, t_eps=0.05, label_drop=0.1)  # the same for every target
 CLIP = 1.0  # of the gradient's norm; not in the paper (its release added it after publication)
-PATIENCE = 5  # steps in a row that may be skipped for a gradient that is not finite
+PATIENCE = 5  # skipped steps in a row, by the time a line is logged, at which the run fails: its gradients are lost
 NOISE_BLOCK = 16  # noise is drawn in fixed blocks of positions of the global batch
 COLUMNS = ["step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb", "skipped",  # of log.csv
            *(f"{name}{part}" for name in ("fit", "val") for part in ("", *(f"_t{k}5" for k in range(10)))),
            "fid", "inception_score", "fid_n"]
-ON_SCREEN = [name for name in COLUMNS[1:] if "_t" not in name]  # fit_t35: the loss of 0.3 <= t < 0.4
+ON_SCREEN = [name for name in COLUMNS[1:] if "_t" not in name]  # fit, val: the velocity's error (lib.log.loss_by_time)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     net = JLT(grid, args.patch, channels, num_classes=data.num_classes, **SIZES[args.model])
     if args.init:
-        net = load_init(args.init, net, args.target)
+        net = load_init(args.init, net, args.target, data.class_names)
     denoiser = Denoiser(net.to(device), args.target, args.loss, **OBJECTIVE)
     emas = [copy.deepcopy(denoiser).eval().requires_grad_(False) for _ in args.ema]
     parameters, averages = list(net.parameters()), [ema.net for ema in emas]

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from lib.flags import Parser, number
 from lib.hub import find_file
-from lib.images import SUFFIXES, list_images, open_image
+from lib.images import list_images, open_image
 from lib.prefetch import prefetched
 from lib.run import (BadInput, RunFailed, StopSignal, atomic, lock_folder, pick_device, program, rank, say,
                      world_size)
@@ -68,7 +68,8 @@ class Flux2(torch.nn.Module):
         missing = [key for key in info["missing_keys"] if not key.endswith("num_batches_tracked")]
         if missing:  # diffusers would go on with random numbers there
             raise ValueError(f"the weights lack {missing[0]}")
-        self.channels, self.stride = 4 * self.net.config.latent_channels, 2 ** len(self.net.config.block_out_channels)
+        levels = len(self.net.config.block_out_channels)  # each but the last halves; pixel_unshuffle does once more
+        self.channels, self.stride = 4 * self.net.config.latent_channels, 2 ** levels
         mean, variance = self.net.bn.running_mean, self.net.bn.running_var
         self.mean, self.std = mean[:, None, None], torch.sqrt(variance + self.net.config.batch_norm_eps)[:, None, None]
 
@@ -335,7 +336,7 @@ def main(argv=None):
     parser.add_argument("--size", type=number(int, 1, 8192), default=256, help="side of the square images, in pixels")
     parser.add_argument("--no-flip", action="store_true", help="no mirrored latents: for digits, text, sides")
     parser.add_argument("--batch", type=number(int, 1, CHUNK), default=CHUNK, help="images encoded at once")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the codec (never fp16)")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the codec; not fp16")
     args = parser.parse_args(argv)
     stop = StopSignal()
     list_images(args.images)  # a wrong folder is told before a codec is downloaded

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from bench.chart import COLOURS, MEANING, picture, pyplot, save
-from bench.spectrum import asks, spectrum, token_statistics, tokens
+from bench.spectrum import asks, spectrum, spread, token_statistics, tokens
 from lib.flags import Parser, number
 from lib.run import BadInput, pick_device, program, say
 from sample import load_denoiser
@@ -34,12 +34,12 @@ FLOOR = 1e-5  # of the logarithmic axes
 
 @torch.inference_mode()
 def measure(denoiser, data, vectors, t, n, seed=0):
-    """{"coefficient", "own", "v"}, each (D,): a network's predictions at time t, on the first n images of a cache, in
+    """{"coefficient", "own", "v"}, each (D,): a network's predictions at time t, on n images of a cache, in
     the directions `vectors` (D, D), a column each. The coefficient of the prediction on z, by least squares; its mean
     squared error in the network's own target space; the same in v space."""
     net, device = denoiser.net, next(denoiser.parameters()).device
     count, sums = 0, {name: 0 for name in ("p", "z", "pz", "zz", "own", "v")}
-    for part in np.array_split(np.arange(min(n, len(data))), -(-min(n, len(data)) // 64)):
+    for part in spread(len(data), n):
         x, y = data.batch(part, False)
         rows = [np.random.default_rng([seed, int(i)]).standard_normal(data.shape, dtype=np.float32) for i in part]
         x, e, y = x.to(device).float(), torch.from_numpy(np.stack(rows)).to(device), y.to(device)

@@ -43,13 +43,18 @@ def tokens(x, patch):
     return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(0, 2)
 
 
+def spread(count, n):
+    """Up to n of `count` rows, from all over a cache (it is sorted by class), in parts of at most 64."""
+    picks = np.unique(np.linspace(0, count - 1, min(n, count)).astype(np.int64))
+    return np.array_split(picks, -(-len(picks) // 64))
+
+
 def token_statistics(data, patch, n):
     """(mean (D,), covariance (D, D)) of tokens, in float64, over up to n images from all over a cache."""
     if data.shape[1] % patch or data.shape[2] % patch:
         raise BadInput(f"--patch {patch} does not divide the latents' {data.shape[1]}x{data.shape[2]} grid")
-    picks = np.unique(np.linspace(0, len(data) - 1, min(n, len(data))).astype(np.int64))
     count, total, outer = 0, 0, 0
-    for part in np.array_split(picks, -(-len(picks) // 64)):
+    for part in spread(len(data), n):
         x = tokens(data.batch(part, False)[0], patch)                                      # (tokens, D)
         count, total, outer = count + len(x), total + x.sum(0), outer + x.T @ x
     mean = total / count

@@ -41,7 +41,7 @@ def between(low, high):
 
 
 SOUND = {  # what the settings in a file may be, where they are there; the file may come from anywhere
-    "target": ("x", "eps", "v").__contains__, "loss": ("x", "eps", "v").__contains__, "step": between(0, 1e12),
+    "target": lambda x: type(x) is str, "loss": lambda x: type(x) is str, "step": between(0, 1e12),
     "input_size": between(1, 512), "size": between(1, 8192), "cfg": between(0, 1000), "t_eps": between(0, 1),
     "P_mean": between(-99, 99), "P_std": between(0, 99), "label_drop": between(0, 1), "hint": lambda x: type(x) is str,
     "ema": lambda x: type(x) is list and all(map(between(0, 1), x)),
@@ -93,7 +93,7 @@ def read_weights(path):
     spoken = (str(said.get(name)) for name in ("target", "prediction", "pred", "pred_type"))
     target = next((target for word in spoken for target in RELEASE_TARGETS if word.startswith(target)), None)
     settings = {"target": target, "t_eps": said.get("t_eps", 0.05), "size": said.get("img_size", 256), "cfg": 2.9,
-                "vae": {"kind": "flux2", "id": "flux2"}}
+                "vae": {"kind": "flux2", "id": "black-forest-labs/FLUX.2-klein-4B"}}
     sound(path, settings)
     if isinstance(data.get("model"), dict):
         release = {"model": "model", "ema": "model_ema1", "ema2": "model_ema2"}

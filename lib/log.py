@@ -38,7 +38,8 @@ class Log:
 def loss_by_time(denoiser, data, device, bf16, count=256, bins=10):
     """(mean, [mean in each of 10 bins of t]) of |v - predicted velocity|² per number, on 256 images of a cache at
     fixed times and noise: the same questions at every step of every run, whatever its target and loss. The mean weighs
-    each bin as training does, by the share of its times that fall there."""
+    each bin as training does, by the share of its times that fall there. The velocity is the sampler's, floored: in the
+    last bin (for eps, the first) part of the error is the floor's."""
     count = min(count, len(data))
     rows = np.arange(count) * len(data) // count  # from all over the cache: its first images would be of one class
     times = (torch.arange(count) * 0.6180339887) % 1  # the golden ratio spreads times evenly over any run of images
