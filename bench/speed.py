@@ -354,6 +354,7 @@ def main(argv=None):
         raise BadInput("--busy: processor time says nothing of a GPU (CUDA_VISIBLE_DEVICES= hides it)")
     bench = Bench(args.quick, args.busy)
     for name in args.only:
+        torch.compiler.reset()  # a network's code is compiled for a few kinds of input only, then no more
         with tempfile.TemporaryDirectory() as scratch:
             SECTIONS[name](bench, pathlib.Path(scratch))
     if args.out:
