@@ -26,7 +26,7 @@ from lib.flags import Parser, number
 from lib.images import list_images, open_image
 from lib.run import BadInput, RunFailed, pick_device, program, rank, say
 from lib.table import append_rows, read_rows
-from sample import balanced_labels, generate, load_denoiser, open_vae
+from sample import balanced_labels, compile_net, generate, load_denoiser, open_vae
 from vae import image_tensor
 
 SIZE = 32
@@ -94,6 +94,8 @@ def sampled(path, weights, n, cfg, steps, seed, device):
     if (classes, size) != (10, SIZE):
         raise BadInput(f"{path}: draws {classes} classes, {size} pixels wide; expected 10 and {SIZE}, as the demo's")
     batches = [range(i, min(n, i + 128)) for i in range(0, n, 128)]
+    if n >= 1000:
+        compile_net(denoiser.net, device)
     return denoiser, torch.cat([generate(denoiser, vae, indices, range(10), seed, cfg, steps=steps).cpu()
                                 for indices in tqdm(batches, unit="batch", leave=False, disable=rank() > 0 or None)])
 
