@@ -126,18 +126,20 @@ def forward(bench, scratch):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             net(z, t, y)
     (product, work), (product16, _) = bench.product(torch.float32), bench.product(torch.bfloat16)
-    tasks = {"fp32": lambda: run(net, False), "fp32 peak": product}
+    tasks = {"fp32": lambda: run(net, False), "fp32, compiled": lambda: run(compiled, False), "fp32 peak": product}
     if bench.bf16:
         tasks |= {"bf16": lambda: run(net, True), "bf16, compiled": lambda: run(compiled, True), "bf16 peak": product16}
     seconds = bench.in_turns(tasks)
-    for name, asked in {"fp32": "0.80", "bf16": "0.50"}.items():
-        measured = "bf16: no instructions"
-        if name in seconds:
-            share = ratio(seconds[f"{name} peak"], seconds[name]) * n * flops(net) / work
-            measured = (f"{share:.2f} of {work / median(seconds[f'{name} peak']) / 1e12:.3g} TFLOP/s "
-                        f"({n / median(seconds[name]):.1f} images/s)")
-        bench.row(f"forward B/1, batch {n}, {name}: share of the {name} peak", measured, asked * (not bench.cuda))
-    if bench.bf16:
+    for name in [name for name in tasks if "peak" not in name]:
+        peak = f"{name[:4]} peak"
+        share = ratio(seconds[peak], seconds[name]) * n * flops(net) / work
+        bench.row(f"forward B/1, batch {n}, {name}: share of the {peak}",
+                  f"{share:.2f} of {work / median(seconds[peak]) / 1e12:.3g} TFLOP/s "
+                  f"({n / median(seconds[name]):.1f} images/s)",
+                  {"fp32": "0.80", "bf16": "0.50"}[name[:4]] * (not bench.cuda))
+    if not bench.bf16:
+        bench.row("forward, bf16", "bf16: no instructions")
+    else:
         for name in ("bf16", "bf16, compiled"):
             bench.row(f"forward, {name}: times as fast as fp32 (the peaks: "
                       f"{ratio(seconds['fp32 peak'], seconds['bf16 peak']):.2f})",
