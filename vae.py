@@ -171,16 +171,16 @@ def image_tensor(image):
 # The cache, written. A shard is a fixed slice of the sorted list of images, and all that shaped it lies in its header,
 # without paths or dates: its bytes are the same whoever wrote it, in however many pieces.
 
-def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=SHARD, stop=None):
+def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=SHARD, stop=None, listing=None):
     """Encode class folders into the cache `out`, keeping the shards that are there already. Returns the exit code.
 
-    Rank r of w writes the shards r, r + w, ... and waits for nobody. batch (up to CHUNK): images at a time; no batch
-    crosses a shard's edge. stop: a StopSignal. Raises BadInput before anything is written, later RunFailed or OSError.
+    Rank r of w writes shards r, r + w, ... and waits for nobody. batch (up to CHUNK): images at a time, of one shard.
+    listing: of `images`, if at hand. stop: a StopSignal. Raises BadInput before it writes, later RunFailed or OSError.
     """
     images, out = pathlib.Path(images), pathlib.Path(out)
     if size % vae.stride:
         raise BadInput(f"--size {size}: expected a multiple of {vae.stride}, the side of a latent position in pixels")
-    classes, items = list_images(images)
+    classes, items = listing or list_images(images)
     if images.resolve() in (out.resolve(), *out.resolve().parents):
         raise BadInput(f"--out {out}: inside --images it would pass for a class: put it elsewhere")
     shards = [items[i:i + shard_size] for i in range(0, len(items), shard_size)]
@@ -341,9 +341,9 @@ def main(argv=None):
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the codec; not fp16")
     args = parser.parse_args(argv)
     stop = StopSignal()
-    list_images(args.images)  # a wrong folder is told before a codec is downloaded
+    listing = list_images(args.images)  # a wrong folder is told before a codec is downloaded
     vae = load_vae(args.vae, pick_device(), args.dtype)
-    return write_cache(args.images, args.out, vae, args.size, not args.no_flip, args.batch, stop=stop)
+    return write_cache(args.images, args.out, vae, args.size, not args.no_flip, args.batch, stop=stop, listing=listing)
 
 
 if __name__ == "__main__":

@@ -52,14 +52,14 @@ class Bench:
         name = torch.cuda.get_device_name() if self.cuda else f"{cpu}, {torch.get_num_threads()} threads"
         self.print(f"{name}, torch {torch.__version__}, {'processor time' if busy else 'wall clock'}, medians of "
                    f"{self.turns} turns{', 2 blocks instead of 12' * quick}\n")
-        self.print("| what | measured | asked |\n|---|---|---|")
+        self.print("| what | measured | aim |\n|---|---|---|")
 
     def print(self, line):
         self.lines.append(line)
         print(line, flush=True)
 
-    def row(self, what, measured, asked=""):
-        self.print(f"| {what} | {measured} | {asked} |")
+    def row(self, what, measured, aim=""):
+        self.print(f"| {what} | {measured} | {aim} |")
 
     def time(self, function, repeat=1):
         """Seconds that one call takes, until the GPU is done with it."""
@@ -137,6 +137,8 @@ def forward(bench, scratch):
                   f"{share:.2f} of {work / median(seconds[peak]) / 1e12:.3g} TFLOP/s "
                   f"({n / median(seconds[name]):.1f} images/s)",
                   {"fp32": "0.80", "bf16": "0.50"}[name[:4]] * (not bench.cuda))
+    for name in [name for name in ("fp32", "bf16") if name in tasks]:
+        breakdown(bench, f"the forward pass, {name}", tasks[name], 5)
     if not bench.bf16:
         bench.row("forward, bf16", "bf16: no instructions")
     else:
@@ -144,6 +146,17 @@ def forward(bench, scratch):
             bench.row(f"forward, {name}: times as fast as fp32 (the peaks: "
                       f"{ratio(seconds['fp32 peak'], seconds['bf16 peak']):.2f})",
                       f"{ratio(seconds['fp32'], seconds[name]):.2f}", "2.5" * (not bench.cuda))
+
+
+def breakdown(bench, what, function, most):
+    """What one call spends most time in, by the device's own time."""
+    with torch.profiler.profile() as profile:
+        bench.time(function)
+    spent = lambda event: event.self_device_time_total if bench.cuda else event.self_cpu_time_total
+    events = [e for e in profile.key_averages() if e.device_type.name == bench.device.type.upper() and spent(e)]
+    for event in sorted(events, key=spent, reverse=True)[:most]:
+        share = spent(event) / sum(map(spent, events))
+        bench.row(f"of {what}: `{event.key[:70].replace('|', '/')}`, {event.count} times", f"{share:.1%}")
 
 
 class Trainer:
@@ -194,11 +207,11 @@ def training(bench, scratch):
         compiled = Trainer(bench, bench.network(), compiled=True)
         tasks["bf16, compiled"] = lambda: compiled.step(batch, True)
     seconds = bench.in_turns(tasks)
-    for name, asked in {"fp32": "1.0", "bf16": "2.2", "bf16, compiled": "2.2"}.items():
+    for name, aim in {"fp32": "1.0", "bf16": "2.2", "bf16, compiled": "2.2"}.items():
         if name not in seconds:
             continue
         measured = f"{ratio(seconds['plain'], seconds[name]):.2f} ({n / median(seconds[name]):.2f} images/s)"
-        bench.row(f"training step B/1, batch {n}, {name}: times as fast as the plain eager fp32 step", measured, asked)
+        bench.row(f"training step B/1, batch {n}, {name}: times as fast as the plain eager fp32 step", measured, aim)
     share = ratio(seconds["peak"], seconds["fp32"]) * n * work / product_work
     bench.row("the fp32 step: share of the fp32 peak", f"{share:.2f}")
     bench.row("peak memory of these networks with optimizer and EMA", f"{peak_memory(bench.device):.1f} GB")
@@ -216,11 +229,11 @@ def full_run(bench, data):
     trainers = {"B/1 compiled": one, "B/1 eager": Trainer(bench, bench.network()), "B/2 compiled": two}
     tasks = {name: functools.partial(lambda t: t.step(next(batches), True), t) for name, t in trainers.items()}
     seconds = bench.in_turns(tasks | {"peak": product}, repeat=5)
-    for (name, trainer), asked in zip(trainers.items(), ("0.45", "", "0.35")):
+    for (name, trainer), aim in zip(trainers.items(), ("0.45", "", "0.35")):
         share = ratio(seconds["peak"], seconds[name]) * 3 * 256 * flops(trainer.net) / product_work
         bench.row(f"training step {name}, bf16, micro-batch 256 from disk: share of the bf16 peak",
                   f"{share:.2f} of {product_work / median(seconds['peak']) / 1e12:.0f} TFLOP/s "
-                  f"({256 / median(seconds[name]):.0f} images/s)", asked)
+                  f"({256 / median(seconds[name]):.0f} images/s)", aim)
     del two, trainers, trainer, product, tasks
 
     parts = {name: [] for name in ("waiting for data", "forward", "backward", "clip, AdamW, EMA")}
@@ -234,13 +247,7 @@ def full_run(bench, data):
     for name, value in parts.items():
         bench.row(f"of a compiled B/1 step: {name}", f"{1e3 * value:.1f} ms, {value / sum(parts.values()):.1%}",
                   "under 2%" * (name == "waiting for data"))
-    with torch.profiler.profile() as profile:
-        one.step(next(batches), True)
-        torch.cuda.synchronize()
-    kernels = [e for e in profile.key_averages() if e.device_type.name == "CUDA" and e.self_device_time_total]
-    for e in sorted(kernels, key=lambda e: -e.self_device_time_total)[:10]:
-        share = e.self_device_time_total / sum(e.self_device_time_total for e in kernels)
-        bench.row(f"kernel `{e.key[:70].replace('|', '/')}`, {e.count} times", f"{share:.1%}")
+    breakdown(bench, "its kernels", lambda: one.step(next(batches), True), 10)
 
     times = {}
     for n in (256, 128, 64, 512):  # the first size has a compiled graph of its own, the others share one for any size
