@@ -2897,6 +2897,12 @@ def test_bench_nine_makes_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nine.train, "main", lambda argv: 143)
     assert nine.main(["cache", "--out", str(tmp_path)]) == 143  # stopped: so is this
 
+    run = tmp_path / "x-vloss-seed0"
+    alike = dict.fromkeys(nine.fid.COLUMNS, "") | nine.USUAL | {"n": "2048", "cfg": "1"}
+    guidance_table(run / "fid.csv", nine.fid.COLUMNS, [alike | {"fid": "9"}, alike | {"fid": "7", "t_eps": "0"}])
+    found = nine.scores(run)
+    assert found["FID-2048, cfg 1"] == 9 and found["FID-2048, cfg 1, t_eps 0"] == 7
+
 
 def test_bench_guidance_lines(tmp_path):
     columns = guidance.fid.COLUMNS

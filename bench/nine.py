@@ -29,6 +29,7 @@ from model import SIZES
 # Those of the paper's loss first: they are what one wants to see should time run out.
 PAIRS = [f"{target}:{loss}" for loss in ("v", "x", "eps") for target in ("x", "v", "eps")]
 TWICE = ("x:x", "v:v")
+USUAL = {"weights": "ema", "nfe": "99", "t_eps": "0.05"}  # how fid.py samples unless told otherwise
 
 
 def finish(program_main, argv):
@@ -51,8 +52,8 @@ def scores(run):
             continue  # trained without --val
         found |= {"step": step, column: at_training_times(bins), f"{column}, even t": sum(bins.values()) / len(bins)}
     for row in read_rows(run / "fid.csv", fid.COLUMNS):
-        weights = "" if row["weights"] == "ema" else f" of {row['weights']}"
-        found[f"FID-{row['n']}{weights}, cfg {row['cfg']}"] = float(row["fid"])
+        unusual = [f", {name} {row[name]}" for name, usual in USUAL.items() if row[name] != usual]
+        found[f"FID-{row['n']}, cfg {row['cfg']}{''.join(unusual)}"] = float(row["fid"])
     return found
 
 
