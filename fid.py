@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from lib.flags import Parser, interval, number, sampling_flags
-from lib.images import SUFFIXES
+from lib.images import SUFFIXES, open_image
 from lib.inception import CLASSES, FEATURES, load_inception
 from lib.npz import image_rows, image_shape, read_statistics, write_statistics
 from lib.prefetch import prefetched
@@ -35,7 +35,7 @@ from lib.table import append_rows, read_rows
 from model import TARGETS
 from sample import (compile_net, generate, load_denoiser, open_vae, pick_classes, rank_batches, set_floor, use_bf16,
                     warn_if_young)
-from vae import center_crop, image_tensor, open_image
+from vae import center_crop, image_tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics, FID and IS
@@ -151,7 +151,7 @@ def check_size(reference, size, force=False):
 # Images to score: (how many, "WIDTHxHEIGHT", this rank's batches of indices and uint8 images (B, 3, H, W))
 
 def spread(path, count, n):
-    """Which n of `count` images: evenly spaced, since the first n of sorted class folders would be few classes."""
+    """Which n of `count` images: evenly spaced, since the first n of sorted class folders would cover few classes."""
     if not 2 <= (n or count) <= count:
         raise BadInput(f"{path}: {count} images found, {n or 2} needed")
     return [i * count // (n or count) for i in range(n or count)]
@@ -167,7 +167,8 @@ def batched(n, batch, read):
 
 def folder_images(folder, size, n, batch):
     """All images below a folder, center-cropped to `size` where given; else all must be of one size."""
-    paths = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    hidden = lambda path: any(part.startswith(".") for part in path.relative_to(folder).parts)
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not hidden(p))
     paths = [paths[i] for i in spread(folder, len(paths), n)]
 
     def read(i, shape=None):
@@ -256,8 +257,8 @@ def result_line(row):
 def warn_about(n):
     if n != 50000:
         say(f"warning: FID-{n} is not comparable with FID-50K: fewer images give a higher FID")
-    if n < FEATURES:
-        say(f"warning: {n} images are fewer than the {FEATURES} features: the covariance is singular, the FID rough")
+    if n <= FEATURES:
+        say(f"warning: {n} images for {FEATURES} features: the covariance is singular, the FID rough")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -138,8 +138,8 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Patches to tokens: a convolution without bias into a bottleneck, then 1×1 up to the width. A patch of p*p latent
     pixels with C channels holds p*p*C numbers; what is worth keeping of them is less (at p = 1 and C = 128 the paper's
-    128 leave all of them through). Without a bottleneck, one convolution (the paper's release). A convolution reads its
-    patch in the order channel, row, column."""
+    bottleneck of 128 lets all of them through). Without one, a single convolution (the paper's release). A convolution
+    reads its patch in the order channel, row, column."""
 
     def __init__(self, patch_size, in_channels, dim, bottleneck):
         super().__init__()
@@ -224,7 +224,7 @@ class JLT(nn.Module):
                     nn.init.zeros_(module.bias)
         for module in (self.t_embedder.mlp[0], self.t_embedder.mlp[2], self.y_embedder.embedding_table):
             nn.init.normal_(module.weight, std=0.02)
-        # important! Gates, shifts and scales start at 0 and so does the output: a new network predicts exactly zero.
+        # adaLN-zero: gates, shifts and scales start at 0, and so does the output: a new network predicts exactly 0.
         for linear in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
                        self.final_layer.linear):
             nn.init.zeros_(linear.weight)
@@ -255,9 +255,9 @@ class Denoiser(nn.Module):
     target: what the network predicts, "x", "eps" or "v".
     loss: the space in which the squared error is taken, "v" in the paper whatever the target.
     P_mean, P_std: t = sigmoid(n), n ~ N(P_mean, P_std²): training dwells on noisy times (t around 0.3).
-    t_eps: floor of the denominators, 1-t for x and t for eps, since 1/(1-t) and 1/t grow without bound. It hardly acts
-        in training, where such times are rare. It does in sampling: in the last steps from x, which get shorter than
-        they should be, so that a little noise stays; in the first ones from eps. sample.py --t-eps changes it.
+    t_eps: floor of the denominators, 1-t for x and t for eps, since 1/(1-t) and 1/t grow without bound. In training
+        such times are rare, and it hardly acts. In sampling it does: with target x it shortens the last steps, so that
+        a little noise stays; with target eps, the first. sample.py --t-eps changes it.
     label_drop: share of training images whose label is replaced by "no class", for guidance.
     """
 

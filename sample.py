@@ -34,6 +34,8 @@ def ode_sample(velocity, z, steps, method="heun"):
     velocity: a function of z and a Python float t. method: "euler" (1 evaluation a step, error ~ 1/steps) or "heun"
     (2, error ~ 1/steps²; the last step is Euler's, since nothing is to be asked at t = 1: 99 evaluations in 50 steps).
     """
+    if method not in ("euler", "heun"):
+        raise ValueError(f"method {method!r}: expected euler or heun")
     for i in range(steps):
         t, t_next = i / steps, (i + 1) / steps  # Python floats: in float32, 5/50 would lie above an interval's 0.1
         v = velocity(z, t)
@@ -85,6 +87,7 @@ def generate(denoiser, vae, indices, classes, seed=0, cfg=1.0, interval=(0.1, 1.
              precision="auto"):
     """Draw the images with these indices: uint8 (B, 3, H, W) on the denoiser's device.
 
+    classes: ids that take turns, see balanced_labels.
     precision: "fp32", "bf16" (of the network; z and the velocity stay fp32), or "auto": bf16 on CUDA.
     """
     net = denoiser.net
@@ -112,8 +115,8 @@ def use_bf16(precision, device):
 # From a checkpoint file to a denoiser (the files themselves: lib/checkpoint.py)
 
 def build_net(weights, path, input_size):
-    """The network that fits these tensors: all sizes but the latent grid's are read off their shapes. Raises BadInput,
-    naming the tensor, where one is missing, unknown or of another shape."""
+    """The network that fits these tensors: all sizes but the latent grid's are read off their shapes (mlp_ratio is
+    always 4). Raises BadInput, naming the tensor, where one is missing, unknown or of another shape."""
     try:
         weights = {name.removeprefix("module.").removeprefix("net."): tensor for name, tensor in weights.items()}
         weights.pop("mask_token", None)  # in the release's files; the paper's model does not use it
@@ -172,8 +175,9 @@ def load_denoiser(path, weights="ema", device="cpu", target=None, input_size=Non
     if weights not in sets:
         raise BadInput(f"{path} holds no weights {weights!r}: expected --weights {' or '.join(sorted(sets))}")
     try:
-        if target and settings["target"] not in (None, target):
-            raise BadInput(f"{path}: that network predicts {settings['target']}, not {target}")
+        for name, given in {"target": target, "input_size": input_size}.items():
+            if given and settings.get(name) not in (None, given):
+                raise BadInput(f"{path}: the {name} of that network is {settings[name]}, not {given}")
         target = target or settings["target"]
         if target is None:
             raise BadInput(f"{path} does not say what its network predicts: give --target x, eps or v")
@@ -196,7 +200,7 @@ def load_denoiser(path, weights="ema", device="cpu", target=None, input_size=Non
 
 
 def is_young(step, decay):
-    """An average over about 1/(1-decay) steps means little after fewer than three times as many."""
+    """Whether an average over about 1/(1-decay) steps still remembers the start: before three times as many."""
     return step * (1 - decay) < 3
 
 
@@ -303,7 +307,7 @@ def main(argv=None):
         if n >= 1000:  # compiling takes up to a minute or two
             compile_net(denoiser.net, device)
         batches = rank_batches(n, args.batch)
-        if args.out.suffix == ".npz":
+        if args.out.suffix.lower() == ".npz":
             write_npz(args.out, n, denoiser.net.input_size * vae.stride, draw(batches))
         else:
             network = zlib.crc32(denoiser.net.final_layer.linear.weight.cpu().numpy().tobytes())

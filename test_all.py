@@ -35,6 +35,7 @@ import vae
 from bench import curves, digits, geometry, guidance, nine, progress, spectrum
 from lib.checkpoint import read_checkpoint, save_checkpoint, tensors_of
 from lib.digits import draw_digits
+from lib.log import loss_by_time
 from lib.npz import image_rows, write_statistics
 from lib.run import BadInput, RunFailed, lock_folder
 from lib.table import append_rows, read_rows
@@ -1005,10 +1006,12 @@ def test_ode_lands_on_the_gaussian(target, method, order):
     assert error[0] / error[1] == pytest.approx(2**order, rel=0.15)
     assert error[1] / error[2] == pytest.approx(2**order, rel=0.1)
     assert error[2] < 0.05 * z.norm().item()
+    with pytest.raises(ValueError, match="Heun"):
+        ode_sample(None, z, 1, "Heun")
 
 
 def test_floor_of_the_sampler_leaves_some_noise_and_takes_some_contrast():
-    """FACTS of the floor at 50 steps, for data without (λ = 0) and with (λ = 1) variance."""
+    """What the floor does in 50 steps, for data without (λ = 0) and with (λ = 1) variance."""
     z = torch.randn(1000, dtype=torch.float64)
     left = {
         floor: ode_sample(Gaussian(0.0, "x", floor).velocity, z, 50, "heun").norm() / z.norm() for floor in (0, 0.05)
@@ -1176,6 +1179,14 @@ def test_plain_state_dict_loads(tmp_path, kind):
     torch.testing.assert_close(load_denoiser(path, target="x", input_size=8).net(z, t, y), net(z, t, y))
 
 
+def test_flags_that_contradict_a_checkpoint_are_refused(tmp_path):
+    save_tiny(tmp_path / "a.safetensors")
+    assert load_denoiser(tmp_path / "a.safetensors", target="x", input_size=8).net.input_size == 8
+    for wrong in ({"target": "v"}, {"input_size": 16}):
+        with pytest.raises(BadInput, match=f"the {next(iter(wrong))} of that network is"):
+            load_denoiser(tmp_path / "a.safetensors", **wrong)
+
+
 def test_malicious_pickle_is_refused_without_running(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -1217,12 +1228,12 @@ def test_sample_program_grid_folder_and_npz_agree(tmp_path, monkeypatch, capsys)
     assert sample.main([*common, "--out", "grid.png", "--classes", "a", "3"]) == 0
     assert Image.open("grid.png").size == (2 * 100 + 4, 4 * 100 + 40)
     assert "x-prediction" in capsys.readouterr().out
-    assert sample.main([*common, "--out", "folder"]) == 0 and sample.main([*common, "--out", "all.npz"]) == 0
-    assert sorted(os.listdir(".")) == ["a.safetensors", "all.npz", "folder", "grid.png"]
+    assert sample.main([*common, "--out", "folder"]) == 0 and sample.main([*common, "--out", "all.NPZ"]) == 0
+    assert sorted(os.listdir(".")) == ["a.safetensors", "all.NPZ", "folder", "grid.png"]
     assert sample.main([*common, "--out", "folder", "--seed", "1"]) == 2 and "other settings" in capsys.readouterr().err
     os.remove("folder/000004.png")
     assert sample.main([*common, "--out", "folder"]) == 0
-    with np.load("all.npz") as file:  # what the guided-diffusion evaluator asks of a file
+    with np.load("all.NPZ") as file:  # what the guided-diffusion evaluator asks of a file
         assert file.files == ["arr_0"]
         pixels = file["arr_0"]
     assert pixels.dtype == np.uint8 and pixels.shape == (7, 8, 8, 3)
@@ -2272,6 +2283,9 @@ def test_fid_folder_npz_and_batches_agree(fid_small, tmp_path, capsys):
 
 def test_fid_saves_a_reference_that_it_reads(fid_small, tmp_path, capsys):
     folder, ref = fid_folder(tmp_path / "images", 40), tmp_path / "ref.npz"
+    for hidden in (".thumbnails/a.png", ".a.png"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        shutil.copy(folder / "0" / "000.png", folder / hidden)
     assert fid.main(["--images", str(folder), "--save-ref", str(ref), "--size", "6"]) == 0
     digest = capsys.readouterr().out.split()[1]
     assert fid.main(["--images", str(folder), "--ref", str(ref), "--size", "6"]) == 0
@@ -2875,6 +2889,32 @@ def test_bench_curves_read_a_log(tmp_path):
             curves.read_log(tmp_path / folder, column)
     assert curves.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "c.png")]) == 2
     assert curves.main([str(tmp_path / "run"), "--out", str(tmp_path / "no" / "c.png")]) == 2
+
+
+def test_velocity_error_by_time():
+    """Of a velocity that is off by t: t² in every bin; the mean is that of the bins at the times of training."""
+
+    class Off:
+        P_mean, P_std = -0.8, 0.8
+
+        def velocity(self, z, t, y):
+            t = t[:, None, None, None]
+            return -z / (1 - t) + t  # of x = 0
+
+    class Zeros(list):
+        shape = (3, 4, 4)
+
+        def batch(self, indices, flip):
+            return torch.zeros(len(indices), *self.shape), torch.zeros(len(indices), dtype=torch.int64)
+
+    bins = (torch.sigmoid(-0.8 + 0.8 * torch.randn(10**6)) * 10).long()
+    for count, there in ((1000, range(10)), (5, (0, 2, 4, 6, 8))):  # five images leave bins empty
+        mean, by_time = loss_by_time(Off(), Zeros(range(count)), torch.device("cpu"), False)
+        assert [k for k, error in enumerate(by_time) if np.isfinite(error)] == list(there)
+        wanted = torch.tensor(by_time)[bins[torch.isin(bins, torch.tensor(there))]].mean()
+        assert mean == pytest.approx(wanted.item(), rel=0.01)
+        if count == 1000:
+            assert by_time == pytest.approx([((k + 0.5) / 10) ** 2 for k in range(10)], abs=2e-2)
 
 
 def test_bench_nine_makes_a_table(tmp_path, monkeypatch, capsys):

@@ -42,7 +42,7 @@ PRESETS = {  # the defaults, and those of --demo; a flag that is given wins
 }
 OBJECTIVE = dict(P_mean=-0.8, P_std=0.8, t_eps=0.05, label_drop=0.1)  # the same for every target
 CLIP = 1.0  # of the gradient's norm; not in the paper (its release added it after publication)
-PATIENCE = 5  # skipped steps in a row, by the time a line is logged, at which the run fails: its gradients are lost
+PATIENCE = 5  # skipped steps in a row, by the time a line is logged, at which the run fails: it would not recover
 NOISE_BLOCK = 16  # noise is drawn in fixed blocks of positions of the global batch
 COLUMNS = ["step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb", "skipped",  # of log.csv
            *(f"{name}{part}" for name in ("fit", "val") for part in ("", *(f"_t{k}5" for k in range(10)))),
@@ -55,7 +55,7 @@ ON_SCREEN = [name for name in COLUMNS[1:] if "_t" not in name]  # fit, val: the 
 
 @functools.lru_cache(maxsize=4)
 def shuffled(seed, epoch, n):
-    return np.random.default_rng([seed, 0, epoch]).permutation(n)
+    return np.random.default_rng([seed, 0, epoch]).permutation(n)  # 0, and below 1 and 2, keep the streams apart
 
 
 def stream(seed, positions, n):
@@ -82,7 +82,7 @@ def step_noise(seed, step, first, count, shape, device):
 
 def read_micro(data, seed, step, batch, places, label_drop):
     """The micro-batch at these places of a step's global batch, as it comes from disk: latents in their stored type,
-    labels, normals for the times, and which labels to hide."""
+    labels, normals (fp32) for the times, and which labels to hide (bool)."""
     normals, hide, flip = (values[places] for values in draws(seed, step, batch))
     x, y = data.batch(stream(seed, step * batch + places, len(data)), flip < 0.5)
     parts = x, y, torch.from_numpy(normals), torch.from_numpy(hide < label_drop)
@@ -118,8 +118,7 @@ def draw_grid(out, step, denoiser, emas, decays, vae, data, cfg, precision):
 # The program
 
 def parse(argv):
-    argv = sys.argv[1:] if argv is None else argv
-    preset = "demo" if "--demo" in argv else "imagenet"
+    preset = "demo" if "--demo" in (sys.argv if argv is None else argv) else "imagenet"
     parser = Parser("Train a JLT.")
     what = parser.add_argument_group("what is trained")
     what.add_argument("--demo", action="store_true", help="small digits in minutes on a CPU; other flags beside it win")
@@ -136,7 +135,7 @@ def parse(argv):
     how = parser.add_argument_group("recipe")
     how.add_argument("--steps", type=number(int, 1, 10**9), help="optimizer steps in all")
     how.add_argument("--batch", type=number(int, 1, 10**6), help="images a step, over all GPUs")
-    how.add_argument("--micro", type=number(int, 1), help="most images a forward pass (default: 256 on CUDA, else 64)")
+    how.add_argument("--micro", type=number(int, 1), help="images a pass, at most (default: 256 on CUDA, else 64)")
     how.add_argument("--lr", type=number(float, 0), help="learning rate (default: 5e-5 * batch/256, except --demo)")
     how.add_argument("--warmup", type=number(float, 0), help="linear warm-up, in epochs")
     how.add_argument("--decay", type=number(float, 0, 1), help="share of the run, its last, in which the lr falls to 0")
@@ -303,7 +302,7 @@ def main(argv=None):
             return every and (step % every == 0 or step == args.steps)
         row = {}
         if due(args.log_every):
-            mean = loss.cpu()  # here, and only here, the numbers are waited for
+            mean = loss.cpu()  # waits for the GPU
             if ranks > 1:
                 dist.all_reduce(mean)
             seconds = time.perf_counter() - clock
@@ -312,7 +311,8 @@ def main(argv=None):
                        images_per_s=round(speed, 2), data_wait=round(waited, 4), memory_gb=peak_memory(device))
             if in_a_row >= PATIENCE:
                 raise RunFailed(f"step {step}: the loss or its gradient was not finite {int(in_a_row)} times in a row; "
-                                f"the last good checkpoint is in {args.out}: --init from it, with a lower --lr")
+                                f"the last good checkpoint is in {args.out}: --init from it, with a lower --lr and "
+                                "another --out")
         if due(args.sample_every) and rank() == 0:
             for name, cache in {"fit": data, "val": val}.items():
                 if cache:

@@ -11,8 +11,8 @@ Where FLUX.2's 128 channels come from: its convolutions turn a 3 x 256 x 256 ima
 then each 2 x 2 square of positions is stacked into channels (space-to-depth): 128 x 16 x 16; then each channel is
 normalised by the mean and variance that the VAE's own BatchNorm has recorded: an image is 256 vectors of 128 numbers.
 
-Training mirrors half of its images. A mirrored *latent* is not the latent of the mirrored image (no codec is symmetric,
-and a channel may well hold a square's left half), so the mirrored image is encoded too, and the cache holds both.
+Training mirrors half of its images. A mirrored *latent* is not the latent of the mirrored image (no learned codec is
+symmetric; a channel may well hold a square's left half), so the mirrored image is encoded too: the cache holds both.
 """
 import hashlib, json, math, os, pathlib, re, shutil, sys
 
@@ -184,7 +184,7 @@ def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=S
     if images.resolve() in (out.resolve(), *out.resolve().parents):
         raise BadInput(f"--out {out}: inside --images it would pass for a class: put it elsewhere")
     shards = [items[i:i + shard_size] for i in range(0, len(items), shard_size)]
-    paths = [out / f"latents_rank00_shard{k:05d}.safetensors" for k in range(len(shards))]
+    paths = [out / f"latents_rank00_shard{k:05d}.safetensors" for k in range(len(shards))]  # LightningDiT's names
     settings = {"version": 1, "shards": len(shards), "images": len(items), "classes": classes, "size": size,
                 "list": hashlib.sha256(json.dumps([path for path, _ in items]).encode()).hexdigest()[:16],
                 "flip": flip, "vae": {"kind": vae.kind, "id": vae.id}, "dtype": vae.dtype, "batch": batch}
@@ -338,10 +338,10 @@ def main(argv=None):
     parser.add_argument("--size", type=number(int, 1, 8192), default=256, help="side of the square images, in pixels")
     parser.add_argument("--no-flip", action="store_true", help="no mirrored latents: for digits, text, sides")
     parser.add_argument("--batch", type=number(int, 1, CHUNK), default=CHUNK, help="images encoded at once")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="of the codec; not fp16")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="codec; fp16 overflows")
     args = parser.parse_args(argv)
     stop = StopSignal()
-    listing = list_images(args.images)  # a wrong folder is told before a codec is downloaded
+    listing = list_images(args.images)  # a wrong folder is reported before a codec is downloaded
     vae = load_vae(args.vae, pick_device(), args.dtype)
     return write_cache(args.images, args.out, vae, args.size, not args.no_flip, args.batch, stop=stop, listing=listing)
 

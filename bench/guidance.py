@@ -4,7 +4,7 @@
     python -m bench.guidance out/RUN/fid.csv --out assets/guidance.png
 
 A line for each network, set of weights and interval (and whatever else differs between rows), its best scale circled.
-At cfg 1 there is no guidance, so that one row serves the lines of all intervals. --floor draws the FID of real images
+At cfg 1 there is no guidance, so that one row serves the lines of all intervals. --real draws the FID of real images
 against real ones, of as many (python fid.py --images FOLDER --ref REF --n N): no generator can be expected below it.
 """
 import pathlib
@@ -52,7 +52,7 @@ def read_lines(paths):
 def main(argv=None):
     parser = Parser("FID against guidance.")
     parser.add_argument("tables", metavar="FID.csv", type=pathlib.Path, nargs="+", help="tables written by fid.py")
-    parser.add_argument("--floor", type=number(float, 0), help="FID of real against real images")
+    parser.add_argument("--real", type=number(float, 0), help="FID of real against real images")
     parser.add_argument("--out", type=picture, default="assets/guidance.png", help="the picture, NAME.png")
     args = parser.parse_args(argv)
     lines, n = read_lines(args.tables)
@@ -65,9 +65,9 @@ def main(argv=None):
         panel.plot(scales, values, styles[before % 4], color=COLOURS.get(target), marker=".", label=label)
         panel.plot(*best, "o", color=COLOURS.get(target), markerfacecolor="none", markersize=10)
         say(f"{label}: best FID-{n} {best[1]:.3f} at cfg {best[0]:g}")
-    if args.floor is not None:
-        panel.axhline(args.floor, color="gray", linewidth=1)
-        panel.text(0.99, args.floor, "real against real", ha="right", va="bottom", color="gray", fontsize=9,
+    if args.real is not None:
+        panel.axhline(args.real, color="gray", linewidth=1)
+        panel.text(0.99, args.real, "real against real", ha="right", va="bottom", color="gray", fontsize=9,
                    transform=panel.get_yaxis_transform())
     panel.set(xlabel="guidance scale (1: none)", ylabel=f"FID-{n}", title="FID by guidance scale")
     panel.grid(alpha=0.3)
