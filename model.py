@@ -47,8 +47,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        # The weight is an fp32 master; in x's dtype it lets bf16 autocast keep to the fused kernel.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+        # In x's dtype throughout, by the fused kernel: autocast on CUDA would go to fp32 here, and stay in it. (The
+        # kernel sums the squares in fp32 all the same.)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
 
 
 def rotary_table(grid, head_dim):
@@ -319,5 +321,6 @@ class Denoiser(nn.Module):
 
     def velocity(self, z, t, y):
         """dz/dt at z (B, C, H, W), in fp32; t a float or (B,); y (B,) labels."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=z.device).expand(len(z))
+        if not torch.is_tensor(t):  # written on the device: a copy from the CPU would wait for it
+            t = torch.full((len(z),), t, dtype=torch.float32, device=z.device)
         return self.to_velocity(self.net(z, t, y).float(), z, t[:, None, None, None])

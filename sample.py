@@ -88,7 +88,7 @@ def generate(denoiser, vae, indices, classes, seed=0, cfg=1.0, interval=(0.1, 1.
     """Draw the images with these indices: uint8 (B, 3, H, W) on the denoiser's device.
 
     classes: ids that take turns, see balanced_labels.
-    precision: "fp32", "bf16" (of the network; z and the velocity stay fp32), or "auto": bf16 on CUDA.
+    precision: "fp32", "bf16" (of the network; z and the velocity stay fp32), or "auto": bf16 where CUDA has it.
     """
     net = denoiser.net
     device = next(net.parameters()).device
@@ -108,7 +108,8 @@ def compile_net(net, device):
 
 
 def use_bf16(precision, device):
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # Turing, say, is not
+    return precision == "bf16" or (precision == "auto" and able)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Every formula against a closed form, a trusted library or a second way of computing it; every promise of the programs
-against what they do. Minutes on two CPU cores, no network, no GPU:  python -m pytest -q test_all.py"""
+against what they do. Minutes on two CPU cores, no network, no GPU:  python -m pytest -q test_all.py
+
+All but one test run on the CPU, also where there is a GPU: numbers compare, and noise is the same, on one device only.
+"""
 
 import argparse
 import csv
@@ -20,6 +23,9 @@ import zipfile
 
 import numpy as np
 import pytest
+
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -56,6 +62,7 @@ from vae import (
 from vae import main as vae_main
 
 ROOT = pathlib.Path(__file__).resolve().parent
+torch.backends.mps.is_available = lambda: False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,26 +367,6 @@ def test_wrong_sizes_are_refused():
             tiny_net(**bad)
     with pytest.raises(ValueError):
         Denoiser(Oracle(None), "y")
-
-
-def test_gaussian_theory():
-    """x ~ N(0, λ) and e ~ N(0, 1) in one direction: covariances of the targets, their Bayes estimators given z, and
-    what stays unknown, by regression on many draws (an estimator linear in z is its slope)."""
-    g = torch.Generator().manual_seed(0)
-    for lam, t in ((4.0, 0.3), (0.25, 0.6), (0.01, 0.5)):
-        x = math.sqrt(lam) * torch.randn(1_000_000, generator=g, dtype=torch.float64)
-        e = torch.randn(1_000_000, generator=g, dtype=torch.float64)
-        z, v = t * x + (1 - t) * e, x - e
-        var_z = t * t * lam + (1 - t) ** 2
-        slopes = {"x": t * lam / var_z, "v": (t * lam - (1 - t)) / var_z, "eps": (1 - t) / var_z}
-        left = {}
-        for name, truth in {"x": x, "v": v, "eps": e}.items():
-            slope = (truth * z).mean() / z.square().mean()
-            assert slope.item() == pytest.approx(slopes[name], abs=0.01)
-            left[name] = (truth - slope * z).var()
-        assert v.var().item() == pytest.approx(lam + 1, rel=0.01)
-        assert (left["v"] / left["x"]).item() == pytest.approx(1 / (1 - t) ** 2, rel=1e-3)
-        assert (left["eps"] / left["x"]).item() == pytest.approx(t**2 / (1 - t) ** 2, rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1260,12 +1247,14 @@ def test_compiled_network_draws_and_learns_what_the_plain_one_does(works):
 
     noise = image_noise(0, range(3), (3, 8, 8))
     torch.compiler.reset()
+    count = torch._dynamo.utils.counters
+    count.clear()
     kept = torch._dynamo.config.suppress_errors
     broken = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     try:
         with torch._inductor.config.patch({} if works else broken):
             compiled = run(True)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"]  # it was compiled, or tried
+        assert count["aot_autograd"]["total"] and bool(count["aot_autograd"]["ok"]) == works  # compiled, or only tried
     finally:
         torch._dynamo.config.suppress_errors = kept
         torch.compiler.reset()
@@ -1381,9 +1370,10 @@ def log_rows(out):
         return [[row[name] for name in ("step", "loss", "lr", "grad_norm", "fit")] for row in csv.DictReader(file)]
 
 
-def same_run(a, b):
+def same_run(a, b, columns=5):
     left, right = read_checkpoint(a / "last.safetensors"), read_checkpoint(b / "last.safetensors")
-    assert left[0].keys() == right[0].keys() and log_rows(a) == log_rows(b)
+    assert left[0].keys() == right[0].keys()
+    assert [row[:columns] for row in log_rows(a)] == [row[:columns] for row in log_rows(b)]
     for name in left[0]:
         assert torch.equal(left[0][name], right[0][name]), name
     assert left[1] == right[1]
@@ -1458,7 +1448,7 @@ def test_a_step_is_adamw_clip_and_ema_written_plainly(tmp_path):
     denoiser = Denoiser(JLT(8, 4, 3, num_classes=4, **SIZES["T"]))
     averages = [{k: v.clone() for k, v in denoiser.net.state_dict().items()} for _ in range(2)]
     optimizer = torch.optim.AdamW(denoiser.net.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=False)
-    losses = []
+    losses, norms = [], []
     for step in range(3):
         order = np.random.default_rng([0, 0, 0]).permutation(40)[step * 8 : step * 8 + 8]
         rng = np.random.default_rng([0, 1, step])
@@ -1469,14 +1459,16 @@ def test_a_step_is_adamw_clip_and_ema_written_plainly(tmp_path):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 2, (3 - step) / 1.5)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(denoiser.net.parameters(), 1.0)
+        norms.append(torch.nn.utils.clip_grad_norm_(denoiser.net.parameters(), 1.0).item())
         optimizer.step()
         losses.append(loss.item())
         for average, decay in zip(averages, (0.9, 0.5)):
             for k, v in denoiser.net.state_dict().items():
                 average[k] = decay * average[k] + (1 - decay) * v
     tensors = read_checkpoint(tmp_path / "run" / "last.safetensors")[0]
-    np.testing.assert_allclose([float(row[1]) for row in log_rows(tmp_path / "run")], losses, rtol=1e-4)
+    logged = np.array([row[1:4] for row in log_rows(tmp_path / "run")], dtype=float)  # loss, lr, norm of the gradient
+    np.testing.assert_allclose(logged[:, 0], losses, rtol=1e-4)
+    np.testing.assert_allclose(logged[:, 2], norms, rtol=1e-3)  # AdamW and the clipping hardly see its scale
     for group, wanted in {"model": denoiser.net.state_dict(), "ema": averages[0], "ema2": averages[1]}.items():
         for name, value in wanted.items():
             torch.testing.assert_close(tensors[f"{group}.{name}"], value, atol=1e-5, rtol=1e-4)
@@ -1531,10 +1523,6 @@ def test_resumed_run_is_the_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch)
     assert train.main(flags(cache, tmp_path / "a")) == 0
 
     class Stop(train.StopSignal):  # a signal that arrives while step 3 is under way
-        def __init__(self):
-            super().__init__()
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
         number = property(lambda self: self.steps and 15 if next(self.count) >= 3 else 0, lambda self, value: None)
         steps, count = True, iter(range(100))
 
@@ -1637,10 +1625,21 @@ def test_two_ranks_train_as_one(tmp_path):
     assert train.main(flags(cache, tmp_path / "one")) == 0
     done = torchrun(2, "train.py", *flags(cache, tmp_path / "two", "--micro", 2))
     assert done.returncode == 0, done.stderr
-    one, two = log_rows(tmp_path / "one"), log_rows(tmp_path / "two")
-    np.testing.assert_allclose([float(row[1]) for row in one], [float(row[1]) for row in two], rtol=1e-4)
+    one, two = (np.array([row[1:4] for row in log_rows(tmp_path / name)], dtype=float) for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=1e-3)  # loss, lr, norm of the gradient
     a, b = (read_checkpoint(tmp_path / name / "last.safetensors")[0] for name in ("one", "two"))
     assert all((a[name] - b[name]).abs().max() <= 1e-2 * 1e-3 for name in a if name.startswith("model."))
+
+
+def test_ranks_that_would_continue_from_different_steps_do_not(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lib.checkpoint import agreed\nfrom lib.run import meet, program, rank\n\n\n@program\ndef main(argv):\n"
+        "    meet()\n    print('together', agreed(7))\n    agreed(rank())\n\n\nraise SystemExit(main())\n"
+    )
+    done = torchrun(2, script, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1 and done.stdout.count("together 7") == 2
+    assert "different steps (0 to 1)" in done.stderr
 
 
 def test_killed_runs_continue_bit_for_bit(tmp_path):
@@ -1664,7 +1663,32 @@ def test_killed_runs_continue_bit_for_bit(tmp_path):
         run.kill()
         run.wait()
     subprocess.run(command, cwd=ROOT, env=env, check=True)
-    same_run(tmp_path / "a", tmp_path / "b")
+    same_run(tmp_path / "a", tmp_path / "b", 4)  # an error by time may be missing: it is measured after saving
+
+
+@pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="no GPU")
+def test_on_a_gpu(tmp_path, device="cuda, bf16"):
+    """Train, continue, draw and decode there."""
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    env |= {} if VISIBLE is None else {"CUDA_VISIBLE_DEVICES": VISIBLE}
+
+    def run(*command):
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    cache, out = small_cache(tmp_path), tmp_path / "run"
+    command = ["train.py", *flags(cache, out, "--val", cache)]
+    assert f" x {device})" in run(*command)
+    first = [row[1:4] for row in log_rows(out)]  # loss, lr, norm of the gradient
+    (out / "last.safetensors").unlink()
+    assert "at step 4" in run(*command)
+    again = [row[1:4] for row in log_rows(out)]
+    np.testing.assert_allclose(np.array(again, dtype=float), np.array(first, dtype=float), rtol=0.02)
+    run("sample.py", "--ckpt", out / "ema.safetensors", "--cfg", "1.5", "--out", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size[0] > 300
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

@@ -24,13 +24,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import vae as codec
-from lib.checkpoint import check_same_run, restore, resume_point, save_checkpoint, tensors_of
+from lib.checkpoint import agreed, check_same_run, restore, resume_point, save_checkpoint, tensors_of
 from lib.digits import draw_digits
 from lib.flags import Parser, number
 from lib.log import Log, loss_by_time, peak_memory, picture_grid
 from lib.prefetch import prefetched
-from lib.run import (BadInput, RunFailed, StopSignal, lock_folder, meet, pick_device, program, rank, say,
-                     world_size)
+from lib.run import BadInput, RunFailed, StopSignal, lock_folder, meet, pick_device, program, rank, say, world_size
 from model import JLT, SIZES, TARGETS, Denoiser
 from sample import compile_net, generate, is_young, load_init, open_vae, pick_classes, use_bf16
 
@@ -46,8 +45,7 @@ PATIENCE = 5  # skipped steps in a row, by the time a line is logged, at which t
 NOISE_BLOCK = 16  # noise is drawn in fixed blocks of positions of the global batch
 COLUMNS = ["step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb", "skipped",  # of log.csv
            *(f"{name}{part}" for name in ("fit", "val") for part in ("", *(f"_t{k}5" for k in range(10)))),
-           "fid", "inception_score", "fid_n"]
-ON_SCREEN = [name for name in COLUMNS[1:] if "_t" not in name]  # fit, val: the velocity's error (lib.log.loss_by_time)
+           "fid", "inception_score", "fid_n"]  # fit, val: the velocity's error (lib.log.loss_by_time)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +138,7 @@ def parse(argv):
     how.add_argument("--warmup", type=number(float, 0), help="linear warm-up, in epochs")
     how.add_argument("--decay", type=number(float, 0, 1), help="share of the run, its last, in which the lr falls to 0")
     how.add_argument("--ema", type=number(float, 0, 1), nargs="+", help="decay of one or two averages of the weights")
-    how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
+    how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where CUDA has it")
     how.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order, times, noise")
     how.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     when = parser.add_argument_group("once in a while (in steps, 0 = never)")
@@ -230,7 +228,7 @@ def main(argv=None):
         say(f"continues {args.out} at step {step}" if step < args.steps else f"{args.out} is finished: {step} steps")
     elif shutil.disk_usage(args.out).free < disk:
         raise BadInput(f"{args.out}: three checkpoints and an export need {disk / 1e9:.1f} GB of free disk")
-    if step >= args.steps:
+    if agreed(step) >= args.steps:
         return 0
     if any(is_young(args.steps, decay) for decay in args.ema):
         say(f"warning: {args.steps} steps are few for an EMA of {max(args.ema)}: lower --ema or sample --weights model")
@@ -256,7 +254,7 @@ def main(argv=None):
     first, start = rank() * per_rank, step
     jobs = ((s, first + k * micro + np.arange(micro)) for s in range(start, args.steps) for k in range(accumulation))
     batches = prefetched(lambda job: read_micro(data, args.seed, job[0], args.batch, job[1], denoiser.label_drop), jobs)
-    log = rank() == 0 and Log(args.out / "log.csv", COLUMNS, start)
+    log = Log(args.out / "log.csv", COLUMNS, start)
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=rank() > 0 or None)  # None: only for a terminal
     skipped, in_a_row = torch.tensor(float(skipped), device=device), torch.zeros((), device=device)
     flag, pending = None, None
@@ -268,7 +266,7 @@ def main(argv=None):
         loss = torch.zeros((), device=device)
         for k in range(accumulation):
             asked = time.perf_counter()
-            x, y, normals, hide = (part.to(device, non_blocking=True) for part in next(batches))
+            x, y, normals, hide = (part.to(device, non_blocking=device.type == "cuda") for part in next(batches))
             waited += time.perf_counter() - asked
             e = step_noise(args.seed, step, first + k * micro, micro, data.shape, device)
             # Gradients are reduced over the ranks once a step, at the last micro-batch.
@@ -279,9 +277,10 @@ def main(argv=None):
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         # A gradient that is not finite on one rank is so on all, once reduced: all of them skip this step. The fused
-        # optimizer takes the verdict as a tensor, so nobody waits for the GPU to know it.
+        # optimizer takes the verdict as a tensor, so nobody waits for the GPU to know it (Metal's does not look at it).
         optimizer.found_inf = (~torch.isfinite(norm)).float()
-        optimizer.step()
+        if device.type != "mps" or not optimizer.found_inf:
+            optimizer.step()
         optimizer.zero_grad()
         skipped += optimizer.found_inf
         in_a_row = (in_a_row + 1) * optimizer.found_inf
@@ -300,19 +299,27 @@ def main(argv=None):
         # Once in a while
         def due(every):
             return every and (step % every == 0 or step == args.steps)
-        row = {}
         if due(args.log_every):
             mean = loss.cpu()  # waits for the GPU
             if ranks > 1:
                 dist.all_reduce(mean)
             seconds = time.perf_counter() - clock
             speed, waited = (step - since) * args.batch / seconds, waited / seconds
-            row = dict(step=step, loss=mean.item() / ranks, lr=lr, grad_norm=norm.item(), skipped=int(skipped),
-                       images_per_s=round(speed, 2), data_wait=round(waited, 4), memory_gb=peak_memory(device))
+            log.append(dict(step=step, loss=mean.item() / ranks, lr=lr, grad_norm=norm.item(), skipped=int(skipped),
+                            images_per_s=round(speed, 2), data_wait=round(waited, 4), memory_gb=peak_memory(device)))
             if in_a_row >= PATIENCE:
                 raise RunFailed(f"step {step}: the loss or its gradient was not finite {int(in_a_row)} times in a row; "
                                 f"the last good checkpoint is in {args.out}: --init from it, with a lower --lr and "
                                 "another --out")
+        if rank() == 0 and (due(args.save_every) or due(args.keep_every) or stopping):
+            now = settings | drawing | dict(step=step, skipped=int(skipped))
+            if due(args.keep_every):
+                save_checkpoint(args.out / f"ema-step{step:07d}.safetensors", tensors_of(net, averages), now)
+            if due(args.save_every) or stopping:
+                save_checkpoint(args.out / "ema.safetensors", tensors_of(net, averages), now)
+                save_checkpoint(args.out / "last.safetensors", tensors_of(net, averages, optimizer), now,
+                                keep=args.out / "previous.safetensors")
+        row = {}
         if due(args.sample_every) and rank() == 0:
             for name, cache in {"fit": data, "val": val}.items():
                 if cache:
@@ -325,18 +332,9 @@ def main(argv=None):
                                  precision=args.precision)
             row |= {"step": step, "fid_n": args.eval_n, "fid": float(score["fid"])}
             row |= {"inception_score": float(score["inception_score"])} if score["inception_score"] != "n/a" else {}
-        if row and rank() == 0:
+        if row:
             log.append(row)
-            bar.write(f"step {step}" + "".join(f", {name} {row[name]:.4g}" for name in ON_SCREEN if name in row))
-        if rank() == 0 and (due(args.save_every) or due(args.keep_every) or stopping):
-            now = settings | drawing | dict(step=step, skipped=int(skipped))
-            if due(args.keep_every):
-                save_checkpoint(args.out / f"ema-step{step:07d}.safetensors", tensors_of(net, averages), now)
-            if due(args.save_every) or stopping:
-                save_checkpoint(args.out / "ema.safetensors", tensors_of(net, averages), now)
-                save_checkpoint(args.out / "last.safetensors", tensors_of(net, averages, optimizer), now,
-                                keep=args.out / "previous.safetensors")
-        if row or due(args.save_every):
+        if row or due(args.log_every) or due(args.save_every):
             clock, waited, since = time.perf_counter(), 0.0, step
 
     meet()  # torchrun ends all ranks once one has left: none leaves before rank 0 has saved

@@ -153,7 +153,8 @@ def breakdown(bench, what, function, most):
     with torch.profiler.profile() as profile:
         bench.time(function)
     spent = lambda event: event.self_device_time_total if bench.cuda else event.self_cpu_time_total
-    events = [e for e in profile.key_averages() if e.device_type.name == bench.device.type.upper() and spent(e)]
+    events = [e for e in profile.key_averages() if e.device_type.name == bench.device.type.upper() and spent(e)
+              and not e.is_user_annotation]  # those contain others
     for event in sorted(events, key=spent, reverse=True)[:most]:
         share = spent(event) / sum(map(spent, events))
         bench.row(f"of {what}: `{event.key[:70].replace('|', '/')}`, {event.count} times", f"{share:.1%}")
@@ -264,6 +265,8 @@ def full_run(bench, data):
         bench.row(f"peak memory of B/1 compiled, micro-batch {n}", measured)
     batches.close()
     for cards, n in ((1, 256), (8, 128)):
+        if n not in times:
+            continue
         seconds = BATCH / cards / n * (times[n] - parts["clip, AdamW, EMA"]) + parts["clip, AdamW, EMA"]
         bench.row(f"from these: {STEPS:,} steps of {BATCH} on {cards} GPU" + ", without communication" * (cards > 1),
                   f"{STEPS * seconds / 3600:.1f} h")
@@ -365,10 +368,12 @@ def main(argv=None):
     for name in args.only:
         torch.compiler.reset()  # a network's code is compiled for a few kinds of input only, then no more
         with tempfile.TemporaryDirectory() as scratch:
+            if bench.cuda:
+                torch.cuda.reset_peak_memory_stats()
             SECTIONS[name](bench, pathlib.Path(scratch))
-    if args.out:
-        with atomic(args.out) as temporary:
-            temporary.write_text("\n".join(bench.lines) + "\n")
+        if args.out:
+            with atomic(args.out) as temporary:
+                temporary.write_text("\n".join(bench.lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import pathlib
 import zipfile
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.run import BadInput, RunFailed, atomic, rank, say
+from lib.run import BadInput, RunFailed, atomic, rank, say, world_size
 
 RELEASE_TARGETS = ("x", "v")  # what its args may say
 
@@ -148,6 +149,17 @@ def resume_point(out):
     if found:
         raise BadInput(f"{out}: its checkpoints are damaged: move them away to start anew, or choose another --out")
     return None, None
+
+
+def agreed(step):
+    """The step from which this rank, and so every rank, continues. Raises RunFailed where they differ."""
+    if world_size() > 1:
+        both = torch.tensor([step, -step])
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        if both[0] != -both[1]:
+            raise RunFailed(f"ranks found checkpoints of different steps ({-both[1]} to {both[0]}): do all nodes see "
+                            "the same --out, and can all read it?")
+    return step
 
 
 def check_same_run(out, saved, now):

@@ -7,31 +7,49 @@ import sys
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from lib.run import BadInput, atomic
+from lib.run import BadInput, atomic, rank
 
 
 class Log:
-    """A CSV file with one row per logged step. Opened at `step`, it forgets later rows: a run that continues from a
-    checkpoint of that step will write them again, and the same."""
+    """A CSV file with one row per logged step; rank 0 alone writes it. Opened at `step`, it forgets later rows: a run
+    that continues from a checkpoint of that step will write them again, and the same."""
 
     def __init__(self, path, columns, step):
-        self.path, self.columns, rows = pathlib.Path(path), columns, []
-        if self.path.exists():
-            try:
-                with open(self.path, newline="", encoding="utf-8") as file:
-                    whole = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be torn
-                    rows = [row for row in whole if int(row["step"]) <= step]
-            except (OSError, ValueError, KeyError, csv.Error) as error:
-                raise BadInput(f"{path}: not a log of training ({type(error).__name__}): move it away") from None
+        self.path, self.columns, self.last = pathlib.Path(path), columns, None
+        if rank() == 0:
+            self.write([row for row in self.read() if int(row["step"]) <= step])
+
+    def read(self):
+        try:
+            with open(self.path, newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be torn
+            return [row for row in rows if int(row["step"]) >= 0]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, csv.Error) as error:
+            raise BadInput(f"{self.path}: not a log of training ({type(error).__name__}): move it away") from None
+
+    def write(self, rows):
         with atomic(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="")
             writer.writeheader()
             writer.writerows(rows)
 
     def append(self, row):
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        """Add a row, or to the last one what has become known of its step since; and say it."""
+        if rank():
+            return
+        if row["step"] == self.last:
+            rows = self.read()
+            rows[-1] |= row
+            self.write(rows)
+        else:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        self.last, names = row["step"], [name for name in self.columns[1:] if name in row and "_t" not in name]
+        tqdm.write(f"step {self.last}" + "".join(f", {name} {row[name]:.4g}" for name in names))
 
 
 @torch.inference_mode()
