@@ -138,7 +138,7 @@ def parse(argv):
     how.add_argument("--warmup", type=number(float, 0), help="linear warm-up, in epochs")
     how.add_argument("--decay", type=number(float, 0, 1), help="share of the run, its last, in which the lr falls to 0")
     how.add_argument("--ema", type=number(float, 0, 1), nargs="+", help="decay of one or two averages of the weights")
-    how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where CUDA has it")
+    how.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
     how.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of weights, data order, times, noise")
     how.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     when = parser.add_argument_group("once in a while (in steps, 0 = never)")

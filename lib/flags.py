@@ -49,7 +49,7 @@ def sampling_flags(parser, targets):
     group.add_argument("--t-eps", type=number(float, 0, 1), help="floor of 1-t or t (default: the checkpoint's)")
     group.add_argument("--seed", type=number(int, 0), default=0, help="image i depends on seed and i alone")
     group.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers, taking turns (default: all)")
-    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where CUDA has it")
+    group.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
     group.add_argument("--batch", type=number(int, 1, 10**5), default=64, help="images at a time and device")
     group.add_argument("--vae", help="flux2, taef2, pixels, a Hugging Face id or a folder (default: the latents')")
     group.add_argument("--target", choices=targets, help="for a file that does not say what it predicts")
