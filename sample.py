@@ -100,11 +100,12 @@ def generate(denoiser, vae, indices, classes, seed=0, cfg=1.0, interval=(0.1, 1.
 
 
 def compile_net(net, device):
-    """torch.compile, in place: the state dict keeps its names. Where it cannot work, says so and leaves it out."""
+    """torch.compile, in place: the state dict keeps its names. Where it cannot work, says so, and returns None."""
     if not {"cuda": importlib.util.find_spec("triton"), "cpu": shutil.which("g++")}.get(device.type):
         return say("without torch.compile: it wants Triton on CUDA, g++ on a CPU")
     torch._dynamo.config.suppress_errors = True  # where it fails nevertheless, it warns and goes on without
     net.compile()
+    return True
 
 
 def use_bf16(precision, device):

@@ -35,7 +35,7 @@ def save(figure, path):
     """Write a figure of matplotlib as PNG."""
     figure.tight_layout()
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
 
 
 def settings_of(run):
@@ -44,7 +44,8 @@ def settings_of(run):
     return path.exists() and read_checkpoint(path)[1] or {}
 
 
-def style(run, place):
-    """How a run is drawn: the colour of its target, where that is known, and a line style that tells runs apart."""
-    target = settings_of(run).get("target")
-    return dict(color=COLOURS.get(target, f"C{place % 10}"), linestyle=("-", "--", ":", "-.")[place // 3 % 4])
+def styles(targets):
+    """How lines are drawn: in the colour of their target, and in a style that tells those of one target apart."""
+    before = [targets[:place].count(target) for place, target in enumerate(targets)]
+    return [dict(color=COLOURS.get(target, "gray"), linestyle=("-", "--", ":", "-.")[count % 4])
+            for target, count in zip(targets, before)]

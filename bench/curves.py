@@ -17,20 +17,21 @@ import pathlib
 import statistics
 import sys
 
-from bench.chart import picture, pyplot, save, style
+from bench.chart import picture, pyplot, save, settings_of, styles
 from lib.flags import Parser
 from lib.run import BadInput, program, say
 
 
 def read_log(run, column="fit"):
-    """{step: {t: error}} of a run's folder; t is the middle of a bin of times. BadInput where there is none."""
+    """{step: {t: error}} of a run's folder; t is the middle of a bin of times. (Small caches leave some bins
+    empty: those are missing here.) BadInput where there is none."""
     path, prefix = pathlib.Path(run) / "log.csv", f"{column}_t"
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get(column)]
         # The columns fit_t05, fit_t15 ... have the middle of their bin in their name, in hundredths.
         log = {int(row["step"]): {int(name.removeprefix(prefix)) / 100: float(text) for name, text in row.items()
-                                  if name.startswith(prefix)} for row in rows}
+                                  if name.startswith(prefix) and text != "nan"} for row in rows}
     except FileNotFoundError:
         raise BadInput(f"{run}: expected the folder of a run, with a log.csv in it") from None
     except (OSError, KeyError, ValueError, AttributeError, TypeError, csv.Error) as error:
@@ -42,12 +43,13 @@ def read_log(run, column="fit"):
 
 
 def at_training_times(bins, P_mean=-0.8, P_std=0.8):
-    """The mean of {t: error} over times as training draws them: a bin counts with its share of that law."""
-    law, half = statistics.NormalDist(P_mean, P_std), 0.5 / len(bins)
+    """The mean of {t: error}, t the middle of a tenth, over times as training draws them."""
+    law = statistics.NormalDist(P_mean, P_std)
 
     def below(t):
         return 0.0 if t < 1e-9 else 1.0 if t > 1 - 1e-9 else law.cdf(math.log(t / (1 - t)))
-    return sum(error * (below(t + half) - below(t - half)) for t, error in bins.items())
+    share = {t: below(t + 0.05) - below(t - 0.05) for t in bins}
+    return sum(error * share[t] for t, error in bins.items()) / sum(share.values())
 
 
 @program
@@ -63,19 +65,25 @@ def main(argv=None):
         raise BadInput(f"--labels: {len(labels)} names for {len(args.runs)} runs")
     logs = [read_log(run, args.column) for run in args.runs]
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2))
-    for place, (run, label, log) in enumerate(zip(args.runs, labels, logs)):
-        means, look = [at_training_times(bins) for bins in log.values()], style(run, place)
+    from matplotlib.ticker import LogLocator
+    looks = styles([settings_of(run).get("target") for run in args.runs])
+    for label, log, look in zip(labels, logs, looks):
+        means = [at_training_times(bins) for bins in log.values()]
         last, bins = max(log.items())
         left.plot(list(log), means, marker=".", label=label, **look)
-        right.plot(list(bins), list(bins.values()), marker=".", **look)
+        right.plot(list(bins), list(bins.values()), marker=".", label=label, **look)
         by_time = "  ".join(f"{error:.3f}" for error in bins.values())
         say(f"{label}: step {last}, mean at training's times {means[-1]:.4f}, by time {by_time}")
-    left.set(xlabel="training step", title="squared error of the velocity, mean at training's times")
+    whose = {"fit": "on images of the training data", "val": "on images never trained on"}[args.column]
+    left.set(xlabel="training step", ylabel="squared error of the velocity", title=f"{whose}, mean at training's times")
     right.set(xlabel="time t: noise 0, data 1", title="the same at the last step, by time", xlim=(0, 1))
     for panel in (left, right):
         panel.set_yscale("log")
-        panel.grid(alpha=0.3, which="both")
-    left.legend(fontsize=9)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=9)
     save(figure, args.out)
     say(f"-> {args.out}")
 

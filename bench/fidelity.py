@@ -5,14 +5,16 @@
 torch-fidelity has to be installed for this (pip install torch-fidelity), best in an environment of its own. It imports
 torchvision, whose operators a CPU build of torch may lack; nothing here uses them, so they are declared beforehand.
 """
-import argparse
 import pathlib
 import statistics
+import sys
 import time
 
 import torch
 
 import fid
+from lib.flags import Parser, number
+from lib.run import program
 
 
 def torch_fidelity(weights):
@@ -36,14 +38,15 @@ def timed(function, *arguments):
     return result, time.perf_counter() - start
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--inception", type=pathlib.Path, required=True)
-    parser.add_argument("--images", type=pathlib.Path, required=True)
-    parser.add_argument("--against", type=pathlib.Path, required=True)
-    parser.add_argument("--n", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=50)
-    args = parser.parse_args()
+@program
+def main(argv=None):
+    parser = Parser("fid.py beside torch-fidelity.")
+    parser.add_argument("--inception", type=pathlib.Path, required=True, help="Inception's weights")
+    parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of images")
+    parser.add_argument("--against", type=pathlib.Path, required=True, help="folder of images to compare them with")
+    parser.add_argument("--n", type=number(int, 100), default=2000, help="images of each")
+    parser.add_argument("--batch", type=number(int, 1, 50), default=50, help="images at a time")
+    args = parser.parse_args(argv)
     ours = fid.load_inception(args.inception)
     theirs, metric_fid, metric_isc = torch_fidelity(args.inception)
     sums, kept, seconds, largest = [], [], [], 0
@@ -79,4 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

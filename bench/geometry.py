@@ -14,7 +14,7 @@ z = t x + (1-t) e of the same images with the same noise, and its prediction is 
 
 Dots may lie below the lines: data is not Gaussian, and a network sees all tokens and the label at once. Where they lie
 above, the network falls short of even the linear prediction from the token alone. Where there are many directions,
-lines and dots are means over groups of neighbours. The lowest value of an axis stands for that much or less.
+lines and dots are means over groups of neighbours. A logarithmic axis ends at 1e-6, which stands for less as well.
 """
 import pathlib
 import sys
@@ -29,7 +29,7 @@ from lib.run import BadInput, pick_device, program, say
 from sample import load_denoiser
 from vae import LatentDataset
 
-FLOOR = 1e-5  # of the logarithmic axes
+FLOOR = 1e-6  # of the logarithmic axes
 
 
 @torch.inference_mode()
@@ -70,7 +70,7 @@ def main(argv=None):
     parser.add_argument("--weights", choices=("ema", "ema2", "model"), default="ema", help="which of their weights")
     parser.add_argument("--t", type=number(float, 0.05, 0.95), default=0.3, help="time")
     parser.add_argument("--n", type=number(int, 2), default=512, help="images on which networks are measured")
-    parser.add_argument("--groups", type=number(int, 1), default=48, help="most dots a network")
+    parser.add_argument("--groups", type=number(int, 1), default=48, help="dots a network, at most")
     parser.add_argument("--out", type=picture, default="assets/geometry.png", help="the picture, NAME.png")
     args = parser.parse_args(argv)
     data, device = LatentDataset(args.cache), pick_device()
@@ -93,24 +93,28 @@ def main(argv=None):
         coefficient.plot(places, grouped(row["coefficient"], groups), color=COLOURS[target])
         own.plot(places, shown(row["ambiguity"]), color=COLOURS[target])
     common.plot(places, shown(theory["v"]["ambiguity"]), color="gray", label="a Gaussian's, from one token")
-    for path, denoiser in zip(args.ckpt, networks):
-        found, look = measure(denoiser, data, vectors, args.t, args.n), dict(color=COLOURS[denoiser.target], s=14)
+    kinds = [denoiser.target for denoiser in networks]
+    for place, (path, denoiser) in enumerate(zip(args.ckpt, networks)):
+        found, before = measure(denoiser, data, vectors, args.t, args.n), kinds[:place].count(denoiser.target)
+        look = dict(color=COLOURS[denoiser.target], s=14, marker="ox^s"[before % 4])
+        who = f"network that predicts {denoiser.target}" + f" ({path.parent.name})" * (kinds.count(denoiser.target) > 1)
         coefficient.scatter(places, grouped(found["coefficient"], groups), **look)
         own.scatter(places, shown(found["own"]), **look)
-        common.scatter(places, shown(found["v"]), **look, label=f"network that predicts {denoiser.target}")
+        common.scatter(places, shown(found["v"]), **look, label=who)
         say(f"{path}: predicts {denoiser.target}, t = {args.t:g}: error in its own space {found['own'].mean():.4f} "
             f"(line {theory[denoiser.target]['ambiguity'].mean():.4f}), in v space {found['v'].mean():.4f} "
             f"(line {theory['v']['ambiguity'].mean():.4f})")
-    top.set(title="variance of the target", yscale="log")
+    top.set(title="variance of the target (theory alone)", yscale="log")
     coefficient.set(title=f"coefficient of the prediction on z, t = {args.t:g}")
     own.set(title="squared error, in each target's own space", yscale="log")
     common.set(title="squared error, in v space", yscale="log")
     for panel in (top, coefficient, own, common):
         panel.set_xlabel("direction, by falling variance of the data")
         panel.grid(alpha=0.3)
-    top.legend(fontsize=9)
-    common.legend(fontsize=9)
-    figure.suptitle(f"{args.cache.name}, patch {patch}: lines are theory, dots are networks")
+    for panel in (top, common):
+        panel.legend(fontsize=8)
+    each = f" (means over {-(-len(l) // groups)} neighbouring directions)" * (groups < len(l))
+    figure.suptitle(f"{args.cache.name}, patch {patch}: lines are theory, dots are networks{each}")
     save(figure, args.out)
     say(f"-> {args.out}")
 

@@ -29,7 +29,8 @@ from model import SIZES
 # Those of the paper's loss first: they are what one wants to see should time run out.
 PAIRS = [f"{target}:{loss}" for loss in ("v", "x", "eps") for target in ("x", "v", "eps")]
 TWICE = ("x:x", "v:v")
-USUAL = {"weights": "ema", "nfe": "99", "t_eps": "0.05"}  # how fid.py samples unless told otherwise
+# How fid.py samples unless told otherwise
+USUAL = {"weights": "ema", "interval": "0.1,1", "nfe": "99", "t_eps": "0.05", "classes": "all", "seed": "0"}
 
 
 def finish(program_main, argv):
@@ -52,7 +53,7 @@ def scores(run):
             continue  # trained without --val
         found |= {"step": step, column: at_training_times(bins), f"{column}, even t": sum(bins.values()) / len(bins)}
     for row in read_rows(run / "fid.csv", fid.COLUMNS):
-        unusual = [f", {name} {row[name]}" for name, usual in USUAL.items() if row[name] != usual]
+        unusual = [f", {name} {row[name]}" for name, usual in USUAL.items() if row[name] not in (usual, "-")]
         found[f"FID-{row['n']}, cfg {row['cfg']}{''.join(unusual)}"] = float(row["fid"])
     return found
 

@@ -84,7 +84,10 @@ def main(argv=None):
             block[step] = images.cpu()
         if not block:
             raise BadInput(f"{run}: no export of these steps; train.py keeps one every --keep-every")
-        blocks[args.labels[place] if args.labels else f"{run.name}: predicts {denoiser.target}"] = block
+        title = args.labels[place] if args.labels else f"{run.name}: predicts {denoiser.target}"
+        if title in blocks:
+            raise BadInput(f"two blocks would be called {title!r}: tell them apart with --labels")
+        blocks[title] = block
     steps = sorted(set().union(*blocks.values()))
     captions = [names[c] if names else c for c in (classes * args.columns)[:args.columns]]
     with atomic(args.out) as temporary:

@@ -13,12 +13,12 @@ best prediction of a target is a multiple of z, and each target asks, direction 
     coefficient  on z, of the best (Bayes) prediction       t l / s           (t l - (1-t)) / s    (1-t) / s
     ambiguity    Var(target | z): what nobody can know      (1-t)² l / s      l / s                t² l / s
     noise        share of the target's variance that is e   0                 1 / (l + 1)          1
-    carried      Var(E[e | z]) where the target holds e     0                 (1-t)² / s           (1-t)² / s
+    carried      Var(E[e | z]): the noise that z reveals    0                 (1-t)² / s           (1-t)² / s
 
-`carried` is the part of the noise that can be told from z, so that the network has to carry it through to its output;
-between 0 and 1. Its sum over directions says how many of a token's D numbers are noise to be handed on, beside what is
-said of the data: compare it with the network's width. Where the data has no variance (l -> 0), x asks for nothing at
-all, v and eps ask for the noise itself, whole.
+`carried` is the part of the noise's variance that can be told from z, so that a network whose target holds noise has
+to carry it through to its output; between 0 and 1; for x it is nothing. Its sum over directions says how many of a
+token's D numbers are noise to be handed on, beside what is said of the data: compare it with the network's width. Where
+the data has no variance (l -> 0), x asks for nothing at all, v and eps ask for the noise itself, whole.
 
 This says what each target asks. It does not promise who wins: latents are not Gaussian, a network sees all tokens at
 once, and a wide one may carry noise with ease.
@@ -94,7 +94,7 @@ def draw(path, l, t, name):
     figure, panels = pyplot().subplots(1, 3, figsize=(13, 4.2))
     table, places = asks(l, t), range(1, len(l) + 1)
     for panel, what, title in zip(panels, ("variance", "coefficient", "noise"), (
-            "variance of the target", f"best coefficient on z, t = {t:g}", "share of the target that is noise")):
+            "variance of the target", f"best coefficient on z, t = {t:g}", "share of noise; dotted: carried")):
         for target, row in table.items():
             panel.plot(places, row[what], color=COLOURS[target], label=MEANING[target])
         panel.set(xlabel="direction, by falling variance of the data", title=title)
@@ -104,8 +104,8 @@ def draw(path, l, t, name):
                    label=f"carried through by v and eps, t = {t:g}:\n{carried.sum():.1f} of {len(l)} numbers a token")
     panels[0].set_yscale("log")
     panels[0].set_ylim(bottom=max(float(l.min()) / 2, 1e-5))  # directions without variance fall out of the picture
-    panels[0].legend(fontsize=9)
-    panels[2].legend(handles=panels[2].lines[-1:], fontsize=9)
+    for panel in panels[::2]:
+        panel.legend(fontsize=8)
     figure.suptitle(name)
     save(figure, path)
 
@@ -116,7 +116,7 @@ def main(argv=None):
     parser.add_argument("cache", metavar="CACHE", type=pathlib.Path, help="latents written by vae.py")
     parser.add_argument("--patch", type=number(int, 1), default=1, help="patch size, in latent pixels")
     parser.add_argument("--t", type=number(float, 0.001, 0.999), default=0.3, help="time; training's median is 0.31")
-    parser.add_argument("--n", type=number(int, 1), default=10_000, help="most images that are read")
+    parser.add_argument("--n", type=number(int, 1), default=10_000, help="images read, at most")
     parser.add_argument("--png", type=picture, help="draw it, to NAME.png")
     args = parser.parse_args(argv)
     data = LatentDataset(args.cache)

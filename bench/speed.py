@@ -63,7 +63,7 @@ class Bench:
 
     def time(self, function, repeat=1):
         """Seconds that one call takes, until the GPU is done with it."""
-        wait = torch.cuda.synchronize if self.cuda else lambda: None
+        wait = getattr(torch, self.device.type).synchronize
         wait()
         begin = self.clock()
         for _ in range(repeat):
@@ -118,7 +118,7 @@ def forward(bench, scratch):
     """The network without gradients, against the peak."""
     net, n, device = bench.network().eval(), 256 if bench.cuda else 8, bench.device
     compiled = copy.deepcopy(net)
-    compile_net(compiled, device)
+    possible = compile_net(compiled, device)
     z, t, y = torch.randn(n, *SHAPE, device=device), torch.rand(n, device=device), torch.arange(n, device=device)
 
     @torch.inference_mode()
@@ -129,6 +129,7 @@ def forward(bench, scratch):
     tasks = {"fp32": lambda: run(net, False), "fp32, compiled": lambda: run(compiled, False), "fp32 peak": product}
     if bench.bf16:
         tasks |= {"bf16": lambda: run(net, True), "bf16, compiled": lambda: run(compiled, True), "bf16 peak": product16}
+    tasks = {name: task for name, task in tasks.items() if possible or "compiled" not in name}
     seconds = bench.in_turns(tasks)
     for name in [name for name in tasks if "peak" not in name]:
         peak = f"{name[:4]} peak"
@@ -142,10 +143,10 @@ def forward(bench, scratch):
     if not bench.bf16:
         bench.row("forward, bf16", "bf16: no instructions")
     else:
-        for name in ("bf16", "bf16, compiled"):
-            bench.row(f"forward, {name}: times as fast as fp32 (the peaks: "
-                      f"{ratio(seconds['fp32 peak'], seconds['bf16 peak']):.2f})",
-                      f"{ratio(seconds['fp32'], seconds[name]):.2f}", "2.5" * (not bench.cuda))
+        peaks = f"the peaks: {ratio(seconds['fp32 peak'], seconds['bf16 peak']):.2f}"
+        for name in ("", ", compiled") if possible else ("",):
+            bench.row(f"forward, bf16{name}: times as fast as fp32{name} ({peaks})",
+                      f"{ratio(seconds[f'fp32{name}'], seconds[f'bf16{name}']):.2f}", "2.5" * (not bench.cuda))
 
 
 def breakdown(bench, what, function, most):
@@ -168,8 +169,7 @@ class Trainer:
         self.ema = copy.deepcopy(net).requires_grad_(False)
         how = dict(foreach=False, fused=False) if plain else dict(fused=True)
         self.optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.0, **how)
-        if compiled:
-            compile_net(net, bench.device)
+        self.compiled = compiled and compile_net(net, bench.device)
 
     def loss(self, batch, bf16):
         x, y, normals, hide = (part.to(self.device, non_blocking=True) for part in batch)
@@ -206,7 +206,8 @@ def training(bench, scratch):
         tasks["bf16"] = lambda: ours.step(batch, True)
     if bench.bf16 and not bench.cuda:  # what train.py --precision bf16 --compile does (on CUDA: full_run)
         compiled = Trainer(bench, bench.network(), compiled=True)
-        tasks["bf16, compiled"] = lambda: compiled.step(batch, True)
+        if compiled.compiled:
+            tasks["bf16, compiled"] = lambda: compiled.step(batch, True)
     seconds = bench.in_turns(tasks)
     for name, aim in {"fp32": "1.0", "bf16": "2.2", "bf16, compiled": "2.2"}.items():
         if name not in seconds:
@@ -338,7 +339,7 @@ def growth(bench, scratch):
 
 
 def start(bench, scratch):
-    """From the command to its first word."""
+    """All of `sample.py --help`, against importing torch alone."""
     commands = {"torch": ["-c", "import torch"], "sample.py": ["sample.py", "--help"]}
     root = pathlib.Path(__file__).parents[1]
     run = functools.partial(subprocess.run, cwd=root, check=True, stdout=subprocess.DEVNULL)

@@ -6,7 +6,7 @@ from lib.run import BadInput
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # says a default that there is, unless the text says its own
+    def _get_help_string(self, action):  # adds the default, unless there is none or the text names it
         plain = action.default in (None, False) or "(default" in (action.help or "")
         return action.help if plain else super()._get_help_string(action)
 

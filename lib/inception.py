@@ -102,7 +102,7 @@ class Inception(nn.Module):
         self.Mixed_6e = Mixed(768, c(192), ("avg", 192))
         self.Mixed_7a = Mixed(768, d, None)
         self.Mixed_7b = Mixed(1280, e, ("avg", 192))
-        self.Mixed_7c = Mixed(2048, e, ("max", 192))  # the one that differs
+        self.Mixed_7c = Mixed(2048, e, ("max", 192))  # the only block whose pool is max
         self.fc = nn.Linear(FEATURES, CLASSES)
 
     @torch.inference_mode()

@@ -84,7 +84,8 @@ def peak_memory(device):
     if not importlib.util.find_spec("resource"):
         return 0.0
     import resource
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6), 2)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, else in units of 1,024
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
 
 
 def picture_grid(images, columns, captions=(), title=""):

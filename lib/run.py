@@ -3,7 +3,7 @@ import contextlib, errno, os, pathlib, signal, socket, sys, time
 
 import torch
 import torch.distributed as dist
-os.umask(UMASK := os.umask(0o077))
+os.umask(UMASK := os.umask(0o077))  # reading it takes setting it
 
 
 class BadInput(ValueError):
