@@ -2863,6 +2863,20 @@ def test_bench_gaussian_theory_agrees_with_monte_carlo(t):
     torch.testing.assert_close(table["eps"]["ambiguity"], table["x"]["ambiguity"] * (t / (1 - t)) ** 2)
 
 
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_bench_squeezed_is_reduced_rank_regression(width):
+    """Of draws: regress on z, keep as many directions of the fitted values as may pass."""
+    l, t = torch.tensor([5.0, 1.0, 0.1, 0.0], dtype=torch.float64), 0.3
+    torch.manual_seed(0)
+    x, e = torch.randn(400_000, 4, dtype=torch.float64) * l.sqrt(), torch.randn(400_000, 4, dtype=torch.float64)
+    z, found = t * x + (1 - t) * e, spectrum.squeezed(l, t, width)
+    for target, values in {"x": x, "v": x - e, "eps": e}.items():
+        fitted = z @ torch.linalg.lstsq(z, values).solution
+        kept = torch.linalg.eigh(fitted.T @ fitted)[1][:, -width:]
+        error = (values - fitted @ kept @ kept.T) * {"x": 1 / (1 - t), "v": 1, "eps": 1 / t}[target]
+        assert found[target] == pytest.approx(error.square().mean().item(), rel=0.01)
+
+
 @pytest.mark.parametrize("target", ["x", "eps", "v"])
 def test_bench_geometry_finds_the_bayes_network_on_the_line(target):
     variances, t = [4.0, 1.0, 0.1], 0.3

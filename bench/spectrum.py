@@ -1,7 +1,7 @@
 """What each target asks of a network, for any cache of latents, before anything is trained.
 
     python -m bench.spectrum data/imagenet256-flux2 --png spectrum.png
-    python -m bench.spectrum data/cifar10-pixels --patch 8 --t 0.3
+    python -m bench.spectrum data/cifar10-pixels --patch 8 --t 0.3 --width 128
 
 A token is what the network sees as one: a patch of --patch x --patch latent pixels, D = patch² * C numbers. The
 covariance of tokens, pooled over images and positions, has eigenvalues l, one for each of D directions. Suppose that
@@ -19,6 +19,9 @@ best prediction of a target is a multiple of z, and each target asks, direction 
 to carry it through to its output; between 0 and 1; for x it is nothing. Its sum over directions says how many of a
 token's D numbers are noise to be handed on, beside what is said of the data: compare it with the network's width. Where
 the data has no variance (l -> 0), x asks for nothing at all, v and eps ask for the noise itself, whole.
+
+With --width, also the error of the best *linear* prediction through so many numbers a token: what a network of few
+channels has to give up.
 
 This says what each target asks. It does not promise who wins: latents are not Gaussian, a network sees all tokens at
 once, and a wide one may carry noise with ease.
@@ -80,6 +83,18 @@ def asks(l, t):
             for target, row in table.items()}
 
 
+def squeezed(l, t, width):
+    """{target: squared error of the velocity, a number}, of the best linear prediction of the target from z where only
+    `width` numbers a token pass between the two: the directions in which that prediction varies least are lost."""
+    s, to_v = t * t * l + (1 - t) ** 2, {"x": 1 / (1 - t) ** 2, "v": 1, "eps": 1 / t ** 2}
+    errors = {}
+    for target, row in asks(l, t).items():
+        varies = (row["coefficient"] ** 2 * s).sort().values
+        lost = row["ambiguity"].sum() + varies[:max(0, len(l) - width)].sum()
+        errors[target] = float(to_v[target] * lost / len(l))
+    return errors
+
+
 def effective_dimension(l):
     """(sum l)² / sum l²: D where all directions vary alike, 1 where a single one does."""
     return float(l.sum() ** 2 / l.square().sum())
@@ -116,6 +131,7 @@ def main(argv=None):
     parser.add_argument("cache", metavar="CACHE", type=pathlib.Path, help="latents written by vae.py")
     parser.add_argument("--patch", type=number(int, 1), default=1, help="patch size, in latent pixels")
     parser.add_argument("--t", type=number(float, 0.001, 0.999), default=0.3, help="time; training's median is 0.31")
+    parser.add_argument("--width", type=number(int, 1), help="numbers a token that a network passes on: its channels")
     parser.add_argument("--n", type=number(int, 1), default=10_000, help="images read, at most")
     parser.add_argument("--png", type=picture, help="draw it, to NAME.png")
     args = parser.parse_args(argv)
@@ -140,6 +156,9 @@ def main(argv=None):
     say(line.format("mean of all", *(f"{row.mean():.3g}" for row in rows)))
     say(f"(noise: of x 0, of eps 1; carried: by x 0, by eps as by v)\n\nnoise to carry through at t = {args.t:g}: "
         f"x 0, v and eps {table['v']['carried'].sum():.1f} of a token's {D} numbers")
+    if args.width:
+        errors = (f"{target} {error:.3f}" for target, error in squeezed(l, args.t, args.width).items())
+        say(f"velocity error of the best linear prediction through {args.width} numbers a token: {', '.join(errors)}")
     if args.png:
         draw(args.png, l, args.t, name)
         say(f"-> {args.png}")
