@@ -7,7 +7,7 @@
 FID compares two sets of images by mean and covariance of the 2048 features that one certain network (lib/inception.py)
 gives each of them. Two FIDs compare only where all else is alike: that network's weights, the resize, the precision,
 the number of images, the reference. Here they follow torch-fidelity, which the paper used, and a number is printed with
-all that it depends on. Each rank scores what it draws, as it draws it: no image goes to disk, no rank waits.
+all that it depends on. Each rank scores what it draws, as it draws it: no image goes to disk.
 
 Top to bottom: statistics, FID and IS; the reference; images to score; the score of a network; the program.
 """

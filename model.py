@@ -13,7 +13,7 @@ The legend, kept to by every file here:
 
 A sampler starts from noise and follows v to the data. Of x, e and v any one, with z and t, gives the other two, so a
 network may be asked for any of them: its *target*. What is the same in algebra is not the same for a network of finite
-size. Latents, like images, lie near a surface of few dimensions; noise fills every dimension there is. Predicting x,
+size. Images lie near a surface of few dimensions, latents less so; noise fills every dimension there is. Predicting x,
 the network may forget what lies off the surface; predicting v or e, it has to carry all of that noise through to its
 output.
 

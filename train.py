@@ -185,10 +185,10 @@ def main(argv=None):
         if rank() == 0:
             draw_digits(pictures, per_class=500)
         meet()
-        stopping = codec.write_cache(pictures, args.latents, codec.load_vae("pixels"), 32, flip=False, stop=stop)
+        code = codec.write_cache(pictures, args.latents, codec.load_vae("pixels"), 32, flip=False, stop=stop)
         meet()
-        if stopping:
-            return stopping
+        if code:
+            return code
 
     # Everything that the run needs, before step 0
     data, val = codec.LatentDataset(args.latents), codec.LatentDataset(args.val) if args.val else None
@@ -304,9 +304,10 @@ def main(argv=None):
             if ranks > 1:
                 dist.all_reduce(mean)
             seconds = time.perf_counter() - clock
-            speed, waited = (step - since) * args.batch / seconds, waited / seconds
+            speed = (step - since) * args.batch / seconds
             log.append(dict(step=step, loss=mean.item() / ranks, lr=lr, grad_norm=norm.item(), skipped=int(skipped),
-                            images_per_s=round(speed, 2), data_wait=round(waited, 4), memory_gb=peak_memory(device)))
+                            images_per_s=round(speed, 2), data_wait=round(waited / seconds, 4),
+                            memory_gb=peak_memory(device)))
             if in_a_row >= PATIENCE:
                 raise RunFailed(f"step {step}: the loss or its gradient was not finite {int(in_a_row)} times in a row; "
                                 f"the last good checkpoint is in {args.out}: --init from it, with a lower --lr and "
@@ -334,7 +335,7 @@ def main(argv=None):
             row |= {"inception_score": float(score["inception_score"])} if score["inception_score"] != "n/a" else {}
         if row:
             log.append(row)
-        if row or due(args.log_every) or due(args.save_every):
+        if row or due(args.log_every) or due(args.save_every) or due(args.keep_every):
             clock, waited, since = time.perf_counter(), 0.0, step
 
     meet()  # torchrun ends all ranks once one has left: none leaves before rank 0 has saved

@@ -1,7 +1,7 @@
 """All nine combinations of prediction and loss, alike in everything else: the table that people keep asking for.
 
-    python -m bench.nine data/cifar10-pixels
-    python -m bench.nine data/cifar10-pixels --ref cifar10.npz --inception FILE --fid-n 2048      FID as well
+    python -m bench.nine data/cifar10
+    python -m bench.nine data/cifar10 --ref cifar10.npz --inception FILE --fid-n 2048      FID as well
     python -m bench.nine data/cifar10-taef2 --patch 1 --pairs x:v eps:v v:v                      the paper's loss alone
 
 PREDICTION:LOSS names a combination. x:x and v:v are trained from a second seed as well: how far two seeds lie apart

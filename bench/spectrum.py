@@ -1,7 +1,7 @@
 """What each target asks of a network, for any cache of latents, before anything is trained.
 
     python -m bench.spectrum data/imagenet256-flux2 --png spectrum.png
-    python -m bench.spectrum data/cifar10-pixels --patch 8 --t 0.3 --width 128
+    python -m bench.spectrum data/cifar10 --patch 8 --t 0.3 --width 128
 
 A token is what the network sees as one: a patch of --patch x --patch latent pixels, D = patch² * C numbers. The
 covariance of tokens, pooled over images and positions, has eigenvalues l, one for each of D directions. Suppose that
@@ -17,11 +17,11 @@ best prediction of a target is a multiple of z, and each target asks, direction 
 
 `carried` is the part of the noise's variance that can be told from z, so that a network whose target holds noise has
 to carry it through to its output; between 0 and 1; for x it is nothing. Its sum over directions says how many of a
-token's D numbers are noise to be handed on, beside what is said of the data: compare it with the network's width. Where
-the data has no variance (l -> 0), x asks for nothing at all, v and eps ask for the noise itself, whole.
+token's D numbers are noise to be handed on: compare it with the network's narrowest layer. Where the data has no
+variance (l -> 0), x asks for nothing at all, v and eps ask for the noise itself, whole.
 
-With --width, also the error of the best *linear* prediction through so many numbers a token: what a network of few
-channels has to give up.
+With --width, also the velocity's error by the best *linear* prediction through so many numbers a token: what few
+channels give up.
 
 This says what each target asks. It does not promise who wins: latents are not Gaussian, a network sees all tokens at
 once, and a wide one may carry noise with ease.
@@ -84,8 +84,8 @@ def asks(l, t):
 
 
 def squeezed(l, t, width):
-    """{target: squared error of the velocity, a number}, of the best linear prediction of the target from z where only
-    `width` numbers a token pass between the two: the directions in which that prediction varies least are lost."""
+    """{target: squared error of the velocity, per number}, by the best linear prediction of the target from z that passes
+    only `width` numbers a token: the directions in which it varies least are lost."""
     s, to_v = t * t * l + (1 - t) ** 2, {"x": 1 / (1 - t) ** 2, "v": 1, "eps": 1 / t ** 2}
     errors = {}
     for target, row in asks(l, t).items():
@@ -131,7 +131,7 @@ def main(argv=None):
     parser.add_argument("cache", metavar="CACHE", type=pathlib.Path, help="latents written by vae.py")
     parser.add_argument("--patch", type=number(int, 1), default=1, help="patch size, in latent pixels")
     parser.add_argument("--t", type=number(float, 0.001, 0.999), default=0.3, help="time; training's median is 0.31")
-    parser.add_argument("--width", type=number(int, 1), help="numbers a token that a network passes on: its channels")
+    parser.add_argument("--width", type=number(int, 1), help="numbers a token that pass a network's narrowest layer")
     parser.add_argument("--n", type=number(int, 1), default=10_000, help="images read, at most")
     parser.add_argument("--png", type=picture, help="draw it, to NAME.png")
     args = parser.parse_args(argv)

@@ -14,7 +14,7 @@ from lib.run import BadInput, atomic, rank
 
 class Log:
     """A CSV file with one row per logged step; rank 0 alone writes it. Opened at `step`, it forgets later rows: a run
-    that continues from a checkpoint of that step will write them again, and the same."""
+    that continues from a checkpoint of that step will write them again, with the same losses."""
 
     def __init__(self, path, columns, step):
         self.path, self.columns, self.last = pathlib.Path(path), columns, None
@@ -25,7 +25,8 @@ class Log:
         try:
             with open(self.path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be torn
-            return [row for row in rows if int(row["step"]) >= 0]
+            [int(row["step"]) for row in rows]  # or a ValueError
+            return rows
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, csv.Error) as error:
@@ -38,7 +39,7 @@ class Log:
             writer.writerows(rows)
 
     def append(self, row):
-        """Add a row, or to the last one what has become known of its step since; and say it."""
+        """Add a row, or new columns to the last one if it is of the same step, and print it."""
         if rank():
             return
         if row["step"] == self.last:

@@ -23,9 +23,9 @@ def program(main):
         except (BadInput, RunFailed, OSError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError) as error:
             code, line = {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1), str(error) or type(error).__name__
             line += " (lower --micro in train.py, --batch elsewhere)" * (code == 1 and "emory" in type(error).__name__)
-            time.sleep(3 if rank() else 0)  # rank 0 met the same, most likely: torchrun ends us before we repeat it
+            time.sleep(3 if rank() else 0)  # rank 0 likely says it too, and torchrun then ends us before we do
             print("error:", "".join(c if c.isprintable() else "?" for c in " ".join(line.split())), file=sys.stderr)
-        if dist.is_initialized():  # a rank that failed leaves at once: NCCL's goodbye would wait for the others' part
+        if dist.is_initialized():  # failed, or interrupted: NCCL's goodbye would wait for the others
             os._exit(code) if code in (1, 2, 130) else dist.destroy_process_group()
         return code
     return run
@@ -52,7 +52,7 @@ def pick_device():
 
 
 def meet():
-    """Wait until all of torchrun's ranks are here; join them first. CPU tensors travel by gloo, and wait for no GPU."""
+    """Wait for all of torchrun's ranks (the first call joins them). CPU tensors travel by gloo and wait for no GPU."""
     if world_size() > 1 and not dist.is_initialized():  # (Windows has no NCCL)
         dist.init_process_group("gloo" if os.name == "nt" or not torch.cuda.is_available() else "cpu:gloo,cuda:nccl")
     if world_size() > 1:
