@@ -84,8 +84,8 @@ def asks(l, t):
 
 
 def squeezed(l, t, width):
-    """{target: squared error of the velocity, per number}, by the best linear prediction of the target from z that passes
-    only `width` numbers a token: the directions in which it varies least are lost."""
+    """{target: squared error of the velocity, per number}, by the best linear prediction of the target from z that
+    passes only `width` numbers a token: the directions in which it varies least are lost."""
     s, to_v = t * t * l + (1 - t) ** 2, {"x": 1 / (1 - t) ** 2, "v": 1, "eps": 1 / t ** 2}
     errors = {}
     for target, row in asks(l, t).items():
