@@ -1635,7 +1635,7 @@ def test_ranks_that_would_continue_from_different_steps_do_not(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from lib.checkpoint import agreed\nfrom lib.run import meet, program, rank\n\n\n@program\ndef main(argv):\n"
-        "    meet()\n    print('together', agreed(7))\n    agreed(rank())\n\n\nraise SystemExit(main())\n"
+        "    meet()\n    print(f'together {agreed(7)}')\n    agreed(rank())\n\n\nraise SystemExit(main())\n"
     )
     done = torchrun(2, script, PYTHONPATH=str(ROOT))
     assert done.returncode == 1 and done.stdout.count("together 7") == 2
@@ -1997,6 +1997,7 @@ for indices in fid.rank_batches(100, 7):
     statistics.update(x[list(indices)], logits[list(indices)], indices)
 statistics.all_reduce()
 torch.save([*statistics.mean_and_covariance(), statistics.inception_score()], f"{tmp_path}/{{fid.rank()}}.pt")
+dist.destroy_process_group()
 """
     root = pathlib.Path(fid.__file__).parent
     ranks = [
