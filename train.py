@@ -277,7 +277,7 @@ def main(argv=None):
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         # A gradient that is not finite on one rank is so on all, once reduced: all of them skip this step. The fused
-        # optimizer takes the verdict as a tensor, so nobody waits for the GPU to know it (Metal's does not look at it).
+        # optimizer takes the verdict as a tensor, so nobody waits for the GPU to know it (but on MPS, to be safe).
         optimizer.found_inf = (~torch.isfinite(norm)).float()
         if device.type != "mps" or not optimizer.found_inf:
             optimizer.step()

@@ -44,8 +44,8 @@ def settings_of(run):
     return path.exists() and read_checkpoint(path)[1] or {}
 
 
-def styles(targets):
-    """How lines are drawn: in the colour of their target, and in a style that tells those of one target apart."""
-    before = [targets[:place].count(target) for place, target in enumerate(targets)]
-    return [dict(color=COLOURS.get(target, "gray"), linestyle=("-", "--", ":", "-.")[count % 4])
-            for target, count in zip(targets, before)]
+def styles(targets, what="linestyle", kinds=("-", "--", ":", "-.")):
+    """How runs are drawn: in the colour of their target, and in a kind of line or marker that tells those of one
+    target apart."""
+    return [{"color": COLOURS.get(target, "gray"), what: kinds[targets[:place].count(target) % len(kinds)]}
+            for place, target in enumerate(targets)]

@@ -12,9 +12,7 @@ is the paper's loss and the column `fit` of log.csv. Under times spread evenly t
 error of x counts 1/(1-t)² and one of eps 1/t², up to 400 times, at times that training hardly ever visits.
 """
 import csv
-import math
 import pathlib
-import statistics
 import sys
 
 from bench.chart import picture, pyplot, save, settings_of, styles
@@ -23,15 +21,16 @@ from lib.run import BadInput, program, say
 
 
 def read_log(run, column="fit"):
-    """{step: {t: error}} of a run's folder; t is the middle of a bin of times. (Small caches leave some bins
-    empty: those are missing here.) BadInput where there is none."""
+    """{step: (mean at training's times, {t: error})} of a run's folder; t is the middle of a bin of times. (Small
+    caches leave some bins empty: those are missing here.) BadInput where there is none."""
     path, prefix = pathlib.Path(run) / "log.csv", f"{column}_t"
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get(column)]
         # The columns fit_t05, fit_t15 ... have the middle of their bin in their name, in hundredths.
-        log = {int(row["step"]): {int(name.removeprefix(prefix)) / 100: float(text) for name, text in row.items()
-                                  if name.startswith(prefix) and text != "nan"} for row in rows}
+        log = {int(row["step"]): (float(row[column]), {
+            int(name.removeprefix(prefix)) / 100: float(text) for name, text in row.items()
+            if name.startswith(prefix) and text != "nan"}) for row in rows}
     except FileNotFoundError:
         raise BadInput(f"{run}: expected the folder of a run, with a log.csv in it") from None
     except (OSError, KeyError, ValueError, AttributeError, TypeError, csv.Error) as error:
@@ -40,16 +39,6 @@ def read_log(run, column="fit"):
         raise BadInput(f"{path}: no {column!r} there: it is logged every --sample-every steps"
                        + " of a run with --val CACHE" * (column == "val"))
     return log
-
-
-def at_training_times(bins, P_mean=-0.8, P_std=0.8):
-    """The mean of {t: error}, t the middle of a tenth, over times as training draws them."""
-    law = statistics.NormalDist(P_mean, P_std)
-
-    def below(t):
-        return 0.0 if t < 1e-9 else 1.0 if t > 1 - 1e-9 else law.cdf(math.log(t / (1 - t)))
-    share = {t: below(t + 0.05) - below(t - 0.05) for t in bins}
-    return sum(error * share[t] for t, error in bins.items()) / sum(share.values())
 
 
 @program
@@ -68,12 +57,11 @@ def main(argv=None):
     from matplotlib.ticker import LogLocator
     looks = styles([settings_of(run).get("target") for run in args.runs])
     for label, log, look in zip(labels, logs, looks):
-        means = [at_training_times(bins) for bins in log.values()]
-        last, bins = max(log.items())
-        left.plot(list(log), means, marker=".", label=label, **look)
+        last, (mean, bins) = max(log.items())
+        left.plot(list(log), [mean for mean, _ in log.values()], marker=".", label=label, **look)
         right.plot(list(bins), list(bins.values()), marker=".", label=label, **look)
         by_time = "  ".join(f"{error:.3f}" for error in bins.values())
-        say(f"{label}: step {last}, mean at training's times {means[-1]:.4f}, by time {by_time}")
+        say(f"{label}: step {last}, mean at training's times {mean:.4f}, by time {by_time}")
     whose = {"fit": "on images of the training data", "val": "on images never trained on"}[args.column]
     left.set(xlabel="training step", ylabel="squared error of the velocity", title=f"{whose}, mean at training's times")
     right.set(xlabel="time t: noise 0, data 1", title="the same at the last step, by time", xlim=(0, 1))

@@ -22,7 +22,7 @@ import sys
 import numpy as np
 import torch
 
-from bench.chart import COLOURS, MEANING, picture, pyplot, save
+from bench.chart import COLOURS, MEANING, picture, pyplot, save, styles
 from bench.spectrum import asks, spectrum, spread, token_statistics, tokens
 from lib.flags import Parser, number
 from lib.run import BadInput, pick_device, program, say
@@ -94,9 +94,8 @@ def main(argv=None):
         own.plot(places, shown(row["ambiguity"]), color=COLOURS[target])
     common.plot(places, shown(theory["v"]["ambiguity"]), color="gray", label="a Gaussian's, from one token")
     kinds = [denoiser.target for denoiser in networks]
-    for place, (path, denoiser) in enumerate(zip(args.ckpt, networks)):
-        found, before = measure(denoiser, data, vectors, args.t, args.n), kinds[:place].count(denoiser.target)
-        look = dict(color=COLOURS[denoiser.target], s=14, marker="ox^s"[before % 4])
+    for path, denoiser, look in zip(args.ckpt, networks, styles(kinds, "marker", "ox^s")):
+        found, look = measure(denoiser, data, vectors, args.t, args.n), look | {"s": 14}
         who = f"network that predicts {denoiser.target}" + f" ({path.parent.name})" * (kinds.count(denoiser.target) > 1)
         coefficient.scatter(places, grouped(found["coefficient"], groups), **look)
         own.scatter(places, shown(found["own"]), **look)
@@ -113,7 +112,7 @@ def main(argv=None):
         panel.grid(alpha=0.3)
     for panel in (top, common):
         panel.legend(fontsize=8)
-    each = f" (means over {-(-len(l) // groups)} neighbouring directions)" * (groups < len(l))
+    each = f" (means over {len(l) / groups:.3g} neighbouring directions)" * (groups < len(l))
     figure.suptitle(f"{args.cache.name}, patch {patch}: lines are theory, dots are networks{each}")
     save(figure, args.out)
     say(f"-> {args.out}")

@@ -20,7 +20,7 @@ import sys
 
 import fid
 import train
-from bench.curves import at_training_times, read_log
+from bench.curves import read_log
 from lib.flags import Parser, number
 from lib.run import BadInput, program, say
 from lib.table import read_rows
@@ -48,10 +48,10 @@ def scores(run):
     found = {}
     for column in ("fit", "val"):
         try:
-            step, bins = max(read_log(run, column).items())
+            step, (mean, bins) = max(read_log(run, column).items())
         except BadInput:
             continue  # trained without --val
-        found |= {"step": step, column: at_training_times(bins), f"{column}, even t": sum(bins.values()) / len(bins)}
+        found |= {"step": step, column: mean, f"{column}, even t": sum(bins.values()) / len(bins)}
     for row in read_rows(run / "fid.csv", fid.COLUMNS):
         unusual = [f", {name} {row[name]}" for name, usual in USUAL.items() if row[name] not in (usual, "-")]
         found[f"FID-{row['n']}, cfg {row['cfg']}{''.join(unusual)}"] = float(row["fid"])

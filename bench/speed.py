@@ -172,7 +172,7 @@ class Trainer:
         self.compiled = compiled and compile_net(net, bench.device)
 
     def loss(self, batch, bf16):
-        x, y, normals, hide = (part.to(self.device, non_blocking=True) for part in batch)
+        x, y, normals, hide = (part.to(self.device, non_blocking=self.device.type == "cuda") for part in batch)
         e = step_noise(0, 0, 0, len(x), x.shape[1:], self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return self.denoiser(x.float(), y, self.denoiser.times(normals), e, hide)

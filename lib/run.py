@@ -25,7 +25,7 @@ def program(main):
             line += " (lower --micro in train.py, --batch elsewhere)" * (code == 1 and "emory" in type(error).__name__)
             time.sleep(3 if rank() else 0)  # rank 0 likely says it too, and torchrun then ends us before we do
             print("error:", "".join(c if c.isprintable() else "?" for c in " ".join(line.split())), file=sys.stderr)
-        if dist.is_initialized():  # failed, or interrupted: NCCL's goodbye would wait for the others
+        if dist.is_initialized():  # failed, or interrupted: NCCL's goodbye may wait for the others
             os._exit(code) if code in (1, 2, 130) else dist.destroy_process_group()
         return code
     return run
