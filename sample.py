@@ -1,272 +1,300 @@
-"""From noise to pictures: the ODE, guidance, checkpoint files, and the program that draws.
+"""From noise to pictures: the ODE, guidance, image number i, and the program that draws.
 
-    python sample.py --cfg 1.5                                     the newest run -> samples.png, a captioned grid
-    python sample.py --ckpt checkpoint-last.pth --cfg 2.9          the published weights
-    torchrun --nproc_per_node=8 -- sample.py --n 50000 --out 50k.npz   for evaluators (ADM); or a folder of PNG files
+    python sample.py --cfg 1.5                                the newest run -> samples.png, a grid
+    python sample.py --ckpt checkpoint-last.pth --cfg 2.9     the published weights
+    torchrun --nproc_per_node=8 sample.py --num-samples 50000 --out 50k.npz
+                                                              ADM's file; NAME alone: PNG files
 
-Top to bottom: integrate dz/dt = velocity(z, t) from t = 0 (noise) to t = 1 (data); what velocity is, with guidance;
-which noise and label image number i gets; how a checkpoint file becomes a denoiser; the program.
+Top to bottom: all that a picture depends on; integrate dz/dt = velocity(z, t) from t = 0 (noise) to
+t = 1 (data); what velocity is, with guidance; which noise and label image number i gets; what is
+written; the program. (How a weight file becomes a denoiser: lib/checkpoint.py.)
 """
-import importlib.util
+import concurrent.futures
+import copy
+import dataclasses
+import math
+import os
 import pathlib
-import shutil
 import sys
-import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
-from lib.checkpoint import newest_checkpoint, plain, read_weights
+from lib.checkpoint import load_denoiser, newest_checkpoint, warn_if_young, weights_hash
+from lib.device import compile_net, pick_device, use_bf16
+from lib.files import atomic, flush_folder
 from lib.flags import Parser, interval, number, sampling_flags
-from lib.log import picture_grid
-from lib.samples import check_out, saving, write_folder, write_npz
-from lib.run import BadInput, atomic, meet, pick_device, program, rank, say, world_size
-from model import JLT, TARGETS, Denoiser, rotary_table
-from vae import load_vae, to_uint8
+from lib.images import picture_grid
+from lib.npz import write_npz
+from lib.run import BadInput, barrier, connect, program, rank, say, world_size
+from model import TARGETS, Denoiser, slope
+from vae import Codec, open_vae, to_uint8
+
+METHODS = ("heun", "euler", "ab2")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How images are drawn: all that they depend on besides the network, the codec, the class and
+    their number. The defaults are the paper's, but for its guidance scale."""
+    cfg: float = 1.0                            # guidance scale; 1 is none
+    interval: tuple[float, float] = (0.1, 1.0)  # the times t that are guided
+    steps: int = 50
+    method: str = "heun"
+    t_eps: float | None = None                  # floor of 1-t or t; None: the checkpoint's
+    precision: str = "auto"                     # of the network: fp32, bf16; auto: bf16 on CUDA
+    seed: int = 0
+    shift: float = 1.0                          # of the grid of times: 1 is even (time_grid)
+
+    def breaks(self):
+        """Times at which the solver starts anew: where guidance sets in or ends. (The paper's Heun
+        steps over them.)"""
+        guided = self.method == "ab2" and self.cfg != 1
+        return tuple(t for t in self.interval if guided and 0 < t < 1)
+
+    def solver(self):
+        return self.method if self.shift == 1 else f"{self.method} shift {self.shift:g}"
+
+    def __str__(self):
+        low, high = self.interval
+        guided = f" in {low:g}<t<{high:g}" if self.cfg != 1 else ""
+        return f"cfg {self.cfg:g}{guided}, {self.steps} {self.solver()} steps, seed {self.seed}"
+
+
+# -------------------------------------------------------------------------------------------------
 # The ODE and guidance
 
-def ode_sample(velocity, z, steps, method="heun"):
-    """Integrate dz/dt = velocity(z, t) from noise z at t = 0 to data at t = 1, in `steps` equal steps.
+def time_grid(steps: int, breaks=(), shift=1.0) -> list[list[float]]:
+    """Times from 0 to 1, a list for each piece between break points. The pieces share `steps` by
+    their length in u, where t = u / (u + shift (1-u)), at least one each; times are even in u.
+    shift 1 gives i/steps, less is denser towards the data."""
+    def time(u):
+        return u if shift == 1 else u / (u + shift * (1 - u))
 
-    velocity: a function of z and a Python float t. method: "euler" (1 evaluation a step, error ~ 1/steps) or "heun"
-    (2, error ~ 1/steps²; the last step is Euler's, since nothing is to be asked at t = 1: 99 evaluations in 50 steps).
+    pieces, left, low, u_low = [], steps, 0.0, 0.0
+    for high in (*sorted(breaks), 1.0):
+        u_high = shift * high / (1 - high + shift * high)  # the inverse of `time`
+        n = left if high == 1 else max(1, round(steps * (u_high - u_low)))
+        # Python floats: as a float32, 5/50 is above an interval's 0.1 and would be guided.
+        inner = [time(u_low + (u_high - u_low) * k / n) for k in range(1, n)]
+        pieces.append([low, *inner, high])
+        low, u_low, left = high, u_high, max(1, left - n)
+    return pieces
+
+
+def ode_sample(velocity: Callable, z, steps: int, method="heun", breaks=(), shift=1.0):
+    """Integrate dz/dt = velocity(z, t) from noise z at t = 0 to data at t = 1.
+
+    velocity: a function of z and a Python float t. method:
+        "euler"  1 evaluation a step, error ~ 1/steps
+        "heun"   2 evaluations, error ~ 1/steps²; the last step is Euler's, since nothing is to be
+                 asked at t = 1: 99 evaluations in 50 steps, the paper's sampler
+        "ab2"    1 evaluation, error ~ 1/steps²: the two-step Adams-Bashforth method, which
+                 extrapolates from the evaluation before; the first step of a piece is Heun's
+    breaks: times at which the velocity may jump. Each piece between them is integrated apart, and
+    asks for velocities inside it alone. shift: see time_grid.
     """
-    if method not in ("euler", "heun"):
-        raise ValueError(f"method {method!r}: expected euler or heun")
-    for i in range(steps):
-        t, t_next = i / steps, (i + 1) / steps  # Python floats: in float32, 5/50 would lie above an interval's 0.1
-        v = velocity(z, t)
-        if method == "heun" and i < steps - 1:
-            v = (v + velocity(z + (t_next - t) * v, t_next)) / 2  # the mean slope of both ends
-        z = z + (t_next - t) * v
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: expected {' or '.join(METHODS)}")
+    for times in time_grid(steps, breaks, shift):
+        first, last = times[0], times[-1]
+        # A piece asks at its ends a hair inside: there a jump is on the other side.
+        asked = [first and math.nextafter(first, 1), *times[1:-1], math.nextafter(last, 0)]
+        v_before, h_before = None, None
+        for i in range(len(times) - 1):
+            h = times[i + 1] - times[i]
+            v = velocity(z, asked[i])
+            if method == "ab2" and i > 0:  # the line through both, at the middle of the step
+                v_mean = v + h / (2 * h_before) * (v - v_before)
+            elif method == "euler" or times[i + 1] == 1:
+                v_mean = v
+            else:  # Heun: the mean of both ends
+                v_mean = (v + velocity(z + h * v, asked[i + 1])) / 2
+            z = z + h * v_mean
+            v_before, h_before = v, h
     return z
 
 
-def guided_velocity(denoiser, y, cfg=1.0, interval=(0.1, 1.0)):
-    """velocity(z, t) for labels y (B,), with classifier-free guidance v_u + cfg (v_c - v_u) inside the time interval.
+def guided_velocity(denoiser: Denoiser, y, cfg=1.0, interval=(0.1, 1.0)) -> Callable:
+    """velocity(z, t) for labels y (B,), with classifier-free guidance v_u + cfg (v_c - v_u) where t
+    lies in the interval (arXiv 2207.12598; the interval: arXiv 2404.07724).
 
-    Inside it, one pass of a doubled batch gives the conditional and the unconditional velocity; outside, and at cfg 1,
-    one plain conditional pass is enough. low < t < high is asked of each evaluation's own t; low = 0 includes t = 0.
-    Guidance: arXiv 2207.12598; its interval: arXiv 2404.07724.
+    There, one pass of a doubled batch gives the conditional and the unconditional velocity.
+    Elsewhere, and at cfg 1, one plain conditional pass is enough. Each evaluation is judged by its
+    own t; the ends are excluded, but for t = 0.
     """
     low, high = interval
-    doubled = torch.cat([y, torch.full_like(y, denoiser.net.num_classes)])
+    no_class = torch.full_like(y, denoiser.net.num_classes)             # (B,)
 
     def velocity(z, t):
-        if cfg == 1 or not (low < t < high or t == low == 0):
+        guided = low < t < high or t == low == 0
+        if cfg == 1 or not guided:
             return denoiser.velocity(z, t, y)
-        v_c, v_u = denoiser.velocity(torch.cat([z, z]), t, doubled).chunk(2)
+        both = denoiser.velocity(torch.cat([z, z]), t, torch.cat([y, no_class]))
+        v_c, v_u = both.chunk(2)                                        # each (B, C, H, W)
         return v_u + cfg * (v_c - v_u)
     return velocity
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image number i: its noise, its label, its pixels. None of it depends on batch size or on the number of ranks.
+# -------------------------------------------------------------------------------------------------
+# Image number i. Its noise and label do not depend on batch size or on the number of ranks, its
+# pixels only by the rounding of the arithmetic.
 
-def image_noise(seed, indices, shape):
-    """Noise, fp32 on the CPU, (len(indices), *shape): a function of (seed, index) alone, the same bits everywhere."""
-    rows = [np.random.default_rng([seed, int(i)]).standard_normal(shape, dtype=np.float32) for i in indices]
-    return torch.from_numpy(np.stack(rows))
+def image_noise(seed: int, indices, shape) -> torch.Tensor:
+    """Noise, fp32 on the CPU, (len(indices), *shape): a function of (seed, index) alone, the same
+    bits everywhere."""
+    rows = [np.random.default_rng([seed, int(i)]).standard_normal(shape, dtype=np.float32)
+            for i in indices]
+    return torch.from_numpy(np.stack(rows))                             # (B, C, H, W)
 
 
-def balanced_labels(classes, indices):
+def balanced_labels(classes, indices) -> torch.Tensor:
     """Labels (len(indices),) int64: image i shows classes[i % len(classes)]."""
     return torch.tensor([classes[int(i) % len(classes)] for i in indices])
 
 
+def image_batches(n, batch):
+    """The images 0 ... n-1 as ranges of at most `batch`."""
+    return [range(first, min(first + batch, n)) for first in range(0, n, batch)]
+
+
 def rank_batches(n, batch):
-    """This rank's share of the images 0 ... n-1, as ranges of at most `batch`: every world_size-th of them."""
-    return [range(first, min(first + batch, n)) for first in range(0, n, batch)][rank()::world_size()]
+    """This rank's share of image_batches: the ranks take turns."""
+    return image_batches(n, batch)[rank()::world_size()]
+
+
+def with_floor(denoiser: Denoiser, t_eps: float | None) -> Denoiser:
+    """The denoiser with another floor of the slope; None keeps its own. Raises BadInput."""
+    denoiser = copy.copy(denoiser)  # the network is shared
+    denoiser.t_eps = denoiser.t_eps if t_eps is None else t_eps
+    if denoiser.t_eps == 0 and slope(denoiser.target, 0.0) == 0:
+        raise BadInput(f"--t-eps 0 divides by zero at t = 0 for target {denoiser.target}: try "
+                       "1/steps")
+    return denoiser
 
 
 @torch.inference_mode()
-def generate(denoiser, vae, indices, classes, seed=0, cfg=1.0, interval=(0.1, 1.0), steps=50, method="heun",
-             precision="auto"):
-    """Draw the images with these indices: uint8 (B, 3, H, W) on the denoiser's device.
-
-    classes: ids that take turns, see balanced_labels.
-    precision: "fp32", "bf16" (of the network; z and the velocity stay fp32), or "auto": bf16 where CUDA has it.
+def generate(denoiser: Denoiser, vae: Codec, indices, classes, sampling=Sampling()):
+    """Draw the images with these indices: uint8 (B, 3, H, W) on the denoiser's device. classes: ids
+    that take turns (balanced_labels). z and the velocity are fp32 whatever the network computes in.
     """
-    net = denoiser.net
+    denoiser, net = with_floor(denoiser, sampling.t_eps), denoiser.net
     device = next(net.parameters()).device
-    z = image_noise(seed, indices, (net.in_channels, net.input_size, net.input_size)).to(device)
-    y = balanced_labels(classes, indices).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(precision, device)):
-        z = ode_sample(guided_velocity(denoiser, y, cfg, interval), z, steps, method)
-    return to_uint8(vae.decode(z))
+    shape = net.in_channels, net.input_size, net.input_size
+    z = image_noise(sampling.seed, indices, shape).to(device)           # (B, C, H, W)
+    y = balanced_labels(classes, indices).to(device)                    # (B,)
+    velocity = guided_velocity(denoiser, y, sampling.cfg, sampling.interval)
+    bf16 = use_bf16(sampling.precision, device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        z = ode_sample(velocity, z, sampling.steps, sampling.method, sampling.breaks(),
+                       sampling.shift)
+    return to_uint8(vae.decode(z))                                      # (B, 3, H, W)
 
 
-def compile_net(net, device):
-    """torch.compile, in place: the state dict keeps its names. Where it cannot work, says so, and returns None."""
-    if not {"cuda": importlib.util.find_spec("triton"), "cpu": shutil.which("g++")}.get(device.type):
-        return say("without torch.compile: it wants Triton on CUDA, g++ on a CPU")
-    torch._dynamo.config.suppress_errors = True  # where it fails nevertheless, it warns and goes on without
-    net.compile()
-    return True
+def progress(batches):
+    """Go through batches of images, with a bar where there is a terminal to see it."""
+    with tqdm(total=sum(map(len, batches)), unit="image", disable=rank() > 0 or None) as bar:
+        for indices in batches:
+            yield indices
+            bar.update(len(indices))
 
 
-def use_bf16(precision, device):
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # Turing, say, is not
-    return precision == "bf16" or (precision == "auto" and able)
+# -------------------------------------------------------------------------------------------------
+# What is written
+
+def draw_grid(denoiser, vae, n, classes, names, sampling, title, batch=64):
+    """One captioned Pillow image of n samples, a column for each class; the classes take turns."""
+    images = [generate(denoiser, vae, indices, classes, sampling).cpu()
+              for indices in progress(image_batches(n, batch))]
+    captions = [names[c] if names else c for c in classes]  # numbers, where they have no names
+    title = f"{denoiser.target}-prediction, {title}, {sampling}"
+    return picture_grid(torch.cat(images), len(classes), captions, title)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a checkpoint file to a denoiser (the files themselves: lib/checkpoint.py)
-
-def build_net(weights, path, input_size):
-    """The network that fits these tensors: all sizes but the latent grid's are read off their shapes (mlp_ratio is
-    always 4). Raises BadInput, naming the tensor, where one is missing, unknown or of another shape."""
-    try:
-        weights = {name.removeprefix("module.").removeprefix("net."): tensor for name, tensor in weights.items()}
-        weights.pop("mask_token", None)  # in the release's files; the paper's model does not use it
-        patch = weights.get("x_embedder.proj1.weight", weights.get("x_embedder.proj.weight"))
-        bottleneck = len(patch) if "x_embedder.proj1.weight" in weights else 0
-        width, head_dim = len(weights["t_embedder.mlp.2.bias"]), len(weights["blocks.0.attn.q_norm.weight"])
-        with torch.device("meta"):  # no memory until every shape is known to be right
-            net = JLT(input_size, patch.shape[-1], patch.shape[1], width, num_heads=width // head_dim,
-                      depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-                      num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, bottleneck=bottleneck)
-    except (KeyError, AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise BadInput(f"{path}: not the weights of a JLT ({type(error).__name__}: {error})") from None
-    expected = net.state_dict()
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights or name not in expected:
-            raise BadInput(f"{path}: tensor {name} is {'missing' if name in expected else 'unknown to this network'}")
-        if not plain(weights[name]) or weights[name].shape != expected[name].shape:
-            raise BadInput(f"{path}: tensor {name} does not have the shape {tuple(expected[name].shape)}")
-        if not weights[name].isfinite().all():
-            raise BadInput(f"{path}: tensor {name} holds values that are not finite numbers")
-    net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}, assign=True)
-    # The tables are no weights, so they are still without memory:
-    net.rotary_cos, net.rotary_sin = rotary_table(input_size // patch.shape[-1], width // net.blocks[0].attn.num_heads)
-    return net
+def check_out(path):
+    """Raises BadInput where samples cannot be written to `path`: NAME.png, NAME.npz or a folder."""
+    is_file = path.suffix.lower() in (".png", ".npz")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise BadInput(f"--out {path}: its folder does not exist or cannot be written to")
+    if path.exists() and path.is_file() != is_file:
+        raise BadInput(f"--out {path}: there is something else of that name: choose another")
 
 
-def load_init(path, net, target, class_names=None):
-    """The network in `path`, to start from, where it is of the kind of `net`. Where the classes are others, by number
-    or by name, the label table is that of `net`. Raises BadInput where the networks differ otherwise."""
-    sets, settings = read_weights(path)
-    start = build_net(sets.get("ema") or sets["model"], path, net.input_size)
-    if settings.get("target") not in (None, target):
-        raise BadInput(f"--init {path}: that network predicts {settings['target']}: give --target {settings['target']}")
+def write_folder(folder, batches, draw, facts):
+    """One PNG file an image, 000000.png, 000001.png ... Continues what was interrupted; refuses a
+    folder of other images, which its file facts.txt tells apart."""
+    path = folder / "facts.txt"
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        if any(folder.glob("*.png")) and (not path.exists() or path.read_text() != facts):
+            raise BadInput(f"--out {folder}: holds images drawn with other settings (facts.txt)")
+        path.write_text(facts)
+    barrier()
 
-    def shapes(net):  # the patch embedding may differ (with or without a bottleneck), and so may the label table
-        tensors = {name: tuple(value.shape) for name, value in net.state_dict().items() if name[:2] not in ("x_", "y_")}
-        return {"patch size": net.patch_size, "channels": net.in_channels} | tensors
-    ours, theirs = shapes(net), shapes(start)
-    for name in ours | theirs:
-        if ours.get(name) != theirs.get(name):
-            raise BadInput(f"--init {path}: {name} is {theirs.get(name)} there, {ours.get(name)} here: mind the flags")
-    known = settings.get("class_names") or class_names  # a file, or a cache, that does not name its classes is believed
-    if start.num_classes != net.num_classes or (class_names and known != class_names):
-        say(f"--init {path}: its {start.num_classes} classes are not the {net.num_classes} here: a new label table")
-        start.y_embedder, start.num_classes = net.y_embedder, net.num_classes
-    return start
+    def save(i, pixels):  # a crash leaves a whole file, or an empty one that is drawn again
+        temporary = folder / f".tmp-{i:06d}.png"
+        Image.fromarray(pixels).save(temporary)
+        os.replace(temporary, folder / f"{i:06d}.png")
 
+    def is_there(i):
+        path = folder / f"{i:06d}.png"
+        return path.exists() and path.stat().st_size > 0
 
-def load_denoiser(path, weights="ema", device="cpu", target=None, input_size=None):
-    """A Denoiser in eval mode with its `.settings`, from a checkpoint, an export or a published file.
-
-    weights: "model", "ema" or "ema2". target and input_size (the latent's height) are for files that do not say them.
-    Raises BadInput, naming what is wrong.
-    """
-    sets, settings = read_weights(path)
-    if weights not in sets:
-        raise BadInput(f"{path} holds no weights {weights!r}: expected --weights {' or '.join(sorted(sets))}")
-    try:
-        for name, given in {"target": target, "input_size": input_size}.items():
-            if given and settings.get(name) not in (None, given):
-                raise BadInput(f"{path}: the {name} of that network is {settings[name]}, not {given}")
-        target = target or settings["target"]
-        if target is None:
-            raise BadInput(f"{path} does not say what its network predicts: give --target x, eps or v")
-        input_size = input_size or settings.get("input_size") or settings["size"] // 16  # where nothing is said: FLUX.2
-        if not 1 <= input_size <= 512:
-            raise ValueError(f"latent size {input_size}")
-        known = {"P_mean", "P_std", "t_eps", "label_drop"} & settings.keys()
-        denoiser = Denoiser(build_net(sets[weights], path, input_size), target, settings.get("loss", "v"),
-                            **{name: float(settings[name]) for name in known})
-        low, high = settings.get("interval", (0.1, 1))
-        settings |= {"cfg": float(settings.get("cfg", 1)), "interval": (float(low), float(high))}
-        if settings.get("class_names") and len(settings["class_names"]) != denoiser.net.num_classes:
-            raise ValueError(f"{len(settings['class_names'])} class names for {denoiser.net.num_classes} classes")
-    except BadInput:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise BadInput(f"{path}: settings that make no sense ({error})") from None
-    denoiser.settings = settings
-    return denoiser.to(device).eval().requires_grad_(False)
+    # What an interrupted run has drawn stays.
+    missing = [indices for indices in batches if not all(map(is_there, indices))]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for indices, images in draw(missing):
+            list(pool.map(save, indices, images.permute(0, 2, 3, 1).cpu().numpy()))
+            flush_folder(folder)  # once a batch: for each file it would take longer than drawing
 
 
-def is_young(step, decay):
-    """Whether an average over about 1/(1-decay) steps still remembers the start: before three times as many."""
-    return step * (1 - decay) < 3
-
-
-def warn_if_young(settings, weights):
-    decays, place = settings.get("ema") or [], {"ema": 0, "ema2": 1}.get(weights, 9)
-    if place < len(decays) and is_young(settings["step"], decays[place]):
-        say(f"warning: {settings['step']} steps are few for an EMA of {decays[place]}: it still remembers the start; "
-            "compare with --weights model of the run's last.safetensors")
-
-
-def open_vae(settings, channels, override=None, device="cpu"):
-    """The codec that decodes a checkpoint's latents, of so many channels: the one asked for, else the local one that
-    made them, where that still exists, else the one that their settings name. Raises BadInput."""
-    known, hint = settings.get("vae") or {}, settings.get("hint")
-    name = override or (hint if hint and pathlib.Path(hint).exists() else None) or known.get("id")
-    if not name:
-        raise BadInput("the latents do not say which codec made them: give --vae (flux2, taef2, pixels or a folder)")
-    vae = load_vae(name, device)
-    if vae.channels != channels:
-        raise BadInput(f"--vae {name}: its latents have {vae.channels} channels, the network's {channels}")
-    if not override and vae.id != known.get("id"):
-        say(f"warning: {name} is not the codec that made the latents ({known.get('id')}): colours may be wrong")
-    return vae
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The program
 
-SHOWN = (88, 207, 279, 360, 387, 417, 933, 979)  # of ImageNet, sorted by WordNet id: macaw, retriever, arctic fox ...
+SHOWN = (88, 207, 279, 360, 387, 417, 933, 979)  # of ImageNet: macaw, retriever, arctic fox ...
 
 
 def pick_classes(wanted, names, num_classes):
     """Class ids of what the user typed, names or numbers; with nothing typed, all classes."""
     if not wanted:
         return list(range(num_classes))
-    ids = []
+    known = {str(i): i for i in range(num_classes)}
+    known |= {name: i for i, name in enumerate(names or [])}  # a name wins over a number
     for text in wanted:
-        known = names and text in names
-        found = names.index(text) if known else int(text) if text.isdecimal() and len(text) < 9 else -1
-        if not 0 <= found < num_classes:
-            raise BadInput(f"class {text!r}: expected 0 to {num_classes - 1}" + " or a class name" * bool(names))
-        ids.append(found)
-    return ids
+        if text not in known:
+            also = " or a class name" if names else ""
+            raise BadInput(f"class {text!r}: expected 0 to {num_classes - 1}{also}")
+    return [known[text] for text in wanted]
 
 
-def set_floor(denoiser, t_eps):
-    """Override the floor of the sampler's denominators; None keeps the checkpoint's."""
-    if t_eps is not None:
-        denoiser.t_eps = t_eps
-    if denoiser.t_eps == 0 and denoiser.target == "eps":
-        raise BadInput("--t-eps 0 divides by zero for target eps, whose velocity is (z - e)/t, at t = 0: try 1/steps")
+def evaluations(sampling):
+    """How often the velocity is evaluated for an image; a guided evaluation counts once."""
+    times = []
+
+    def velocity(z, t):
+        times.append(t)
+        return 0.0  # what it is does not matter
+    ode_sample(velocity, 0.0, sampling.steps, sampling.method, sampling.breaks(), sampling.shift)
+    return len(times)
 
 
 def parse(argv):
     parser = Parser("Draw pictures from a checkpoint.")
-    what = parser.add_argument_group("what is drawn")
-    what.add_argument("--ckpt", type=pathlib.Path, help="checkpoint or published file (default: newest in out/)")
-    what.add_argument("--weights", choices=("ema", "ema2", "model"), default="ema", help="which of its weights")
-    what.add_argument("--cfg", type=number(float, 0, 1000), help="guidance scale, 1 = none (default: the checkpoint's)")
-    what.add_argument("--interval", type=interval, metavar="LOW,HIGH", help="times guided (default: the checkpoint's)")
-    what.add_argument("--n", type=number(int, 1, 10**7), help="images, classes taking turns (default: 2 a class)")
-    what.add_argument("--out", type=pathlib.Path, default=pathlib.Path("samples.png"),
-                      help="NAME.png: a grid; NAME.npz: ADM's sample file; anything else: a folder of PNG files")
-    sampling_flags(parser, TARGETS)
+    add = parser.add_argument_group("what is drawn").add_argument
+    add("--ckpt", type=pathlib.Path, help="checkpoint or published file (default: newest in out/)")
+    add("--weights", choices=("ema", "ema2", "model"), default="ema", help="which of its weights")
+    add("--cfg", type=number(float, 0, 1000),
+        help="guidance scale, 1 = none (default: the checkpoint's)")
+    add("--interval", type=interval, metavar="LOW,HIGH",
+        help="times that are guided (default: the checkpoint's)")
+    add("--num-samples", type=number(int, 1, 10**7),
+        help="images, classes taking turns (default: 2 a class)")
+    add("--out", type=pathlib.Path, default=pathlib.Path("samples.png"),
+        help="NAME.png: a grid; NAME.npz: ADM's sample file; anything else: a folder of PNG files")
+    sampling_flags(parser, Sampling(), METHODS, TARGETS)
     return parser.parse_args(argv)
 
 
@@ -274,48 +302,44 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     path = args.ckpt or newest_checkpoint(args.weights)
+    connect()
     device = pick_device()
     denoiser = load_denoiser(path, args.weights, device, args.target, args.input_size)
-    set_floor(denoiser, args.t_eps)
-    settings, grid = denoiser.settings, args.out.suffix.lower() == ".png"
+    net, settings = denoiser.net, denoiser.settings
+    denoiser = with_floor(denoiser, args.t_eps)
     warn_if_young(settings, args.weights)
-    vae = open_vae(settings, denoiser.net.in_channels, args.vae, device)
-    cfg = settings["cfg"] if args.cfg is None else args.cfg
-    interval = args.interval or settings["interval"]
-    names, total = settings.get("class_names"), denoiser.net.num_classes
-    classes = pick_classes(args.classes, names, total)
-    if grid and not args.classes:  # a column each: some are enough
-        classes = list(SHOWN) if total == 1000 else classes[:10]
-    n = args.n or 2 * len(classes)
+    vae = open_vae(settings, net.in_channels, args.vae, device)
+    sampling = Sampling(
+        cfg=settings["cfg"] if args.cfg is None else args.cfg,
+        interval=tuple(args.interval or settings["interval"]),
+        steps=args.steps, method=args.method, t_eps=denoiser.t_eps, precision=args.precision,
+        seed=args.seed, shift=args.shift)
+    names = settings.get("class_names")
+    classes = pick_classes(args.classes, names, net.num_classes)
+    is_grid = args.out.suffix.lower() == ".png"
+    if is_grid and not args.classes:  # a column each: some are enough
+        classes = list(SHOWN) if net.num_classes == 1000 else classes[:10]
+    n = args.num_samples or 2 * len(classes)
     check_out(args.out)
 
     def draw(batches):
-        from tqdm import tqdm
-        with tqdm(total=n // (1 if grid else world_size()), unit="image", disable=rank() > 0 or None) as bar:
-            for indices in batches:
-                yield indices, generate(denoiser, vae, indices, classes, args.seed, cfg, interval, args.steps,
-                                        args.method, args.precision)
-                bar.update(len(indices))
-    facts = (f"{denoiser.target}-prediction, step {settings.get('step', '?')}, {args.weights}, cfg {cfg:g} in "
-             f"{interval[0]:g}<t<{interval[1]:g}, {args.steps} {args.method} steps, seed {args.seed}")
-    if grid and rank() == 0:
-        parts = [range(i, min(n, i + args.batch)) for i in range(0, n, args.batch)]
-        images = torch.cat([images.cpu() for _, images in draw(parts)])
-        captions = [names[c] if names else c for c in classes]
-        with saving(args.out), atomic(args.out) as temporary:
-            picture_grid(images, len(classes), captions, facts).save(temporary, "png")
-    elif not grid:
-        meet()
-        if n >= 1000:  # compiling takes up to a minute or two
-            compile_net(denoiser.net, device)
-        batches = rank_batches(n, args.batch)
-        if args.out.suffix.lower() == ".npz":
-            write_npz(args.out, n, denoiser.net.input_size * vae.stride, draw(batches))
-        else:
-            network = zlib.crc32(denoiser.net.final_layer.linear.weight.cpu().numpy().tobytes())
-            facts += f", floor {denoiser.t_eps}, {args.precision}, codec {vae.id}, network {network:08x}"
-            write_folder(args.out, batches, draw, f"{facts}, classes {classes}")
-    say(f"{path}: {facts}\n{n} images -> {args.out}")
+        for indices in progress(batches):
+            yield indices, generate(denoiser, vae, indices, classes, sampling)
+
+    who = f"step {settings.get('step', '?')}, {args.weights}"
+    if n >= 1000:  # compiling takes up to a minute or two
+        compile_net(net, device)
+    batches = rank_batches(n, args.batch)
+    if args.out.suffix.lower() == ".npz":
+        write_npz(args.out, n, net.input_size * vae.stride, draw(batches))
+    elif not is_grid:
+        facts = f"{sampling!r}, {who}, network {weights_hash(net)}, {vae.id}, classes {classes}"
+        write_folder(args.out, batches, draw, facts)
+    elif rank() == 0:  # a grid is small: one rank draws all of it
+        grid = draw_grid(denoiser, vae, n, classes, names, sampling, who, args.batch)
+        with atomic(args.out) as temporary:
+            grid.save(temporary, "png")
+    say(f"{path}: {denoiser.target}-prediction, {who}, {sampling}\n{n} images -> {args.out}")
 
 
 if __name__ == "__main__":

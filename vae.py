@@ -1,45 +1,48 @@
 """The first stage: images <-> latents, and the cache of latents that training reads.
 
-    python vae.py --images FOLDER --out CACHE               FOLDER/<class>/*.jpg -> CACHE/latents_*.safetensors
-    torchrun --nproc_per_node=8 vae.py --images FOLDER      the very same files, written by eight GPUs
-    python vae.py --images FOLDER --out CACHE --vae taef2   with the tiny codec; `--vae pixels` with none at all
+    python vae.py --images FOLDER --out CACHE               FOLDER/<class>/*.jpg -> CACHE/latents_*
+    torchrun --nproc_per_node=8 vae.py --images FOLDER      the very same files, written by 8 GPUs
+    python vae.py --images FOLDER --out CACHE --vae taef2   by the tiny codec; `pixels` is none
 
-    picture file --open_image--> RGB --center_crop--> size x size --encode--> latents --write_cache--> shards of fp16
-                    8-bit images <--to_uint8-- images in [-1, 1] <--decode-- latents <--LatentDataset-- shards
+    picture file -> RGB -> center_crop -> encode -> latents -> write_cache -> shards of fp16
+                      8-bit images <- to_uint8 <- decode <- latents <- LatentDataset <- shards
 
-Where FLUX.2's 128 channels come from: its convolutions turn a 3 x 256 x 256 image into 32 x 32 x 32 (8 times smaller);
-then each 2 x 2 square of positions is stacked into channels (space-to-depth): 128 x 16 x 16; then each channel is
-normalised by the mean and variance that the VAE's own BatchNorm has recorded: an image is 256 vectors of 128 numbers.
+Where FLUX.2's 128 channels come from: its convolutions turn a 3 x 256 x 256 image into 32 x 32 x
+32; then each 2 x 2 square of positions is stacked into channels (space-to-depth), 128 x 16 x 16;
+then each channel is normalised by mean and variance that the VAE's own BatchNorm has recorded.
 
-Training mirrors half of its images. A mirrored *latent* is not the latent of the mirrored image (no learned codec is
-symmetric; a channel may well hold a square's left half), so the mirrored image is encoded too: the cache holds both.
+Training mirrors half of its images. A mirrored *latent* is not the latent of the mirrored image (a
+channel may well hold a square's left half), so that is encoded too: the cache holds both.
 """
-import hashlib, json, math, os, pathlib, re, shutil, sys
+import hashlib
+import json
+import math
+import os
+import pathlib
+import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from tqdm import tqdm
 
+from lib import cache
+from lib.checkpoint import FLUX2, find_file
+from lib.device import pick_device
+from lib.files import check_disk, lock_folder, prefetched
 from lib.flags import Parser, number
-from lib.hub import find_file
-from lib.images import list_images, open_image
-from lib.prefetch import prefetched
-from lib.run import (BadInput, RunFailed, StopSignal, atomic, lock_folder, pick_device, program, rank, say,
-                     world_size)
-from lib.shards import Rows, differing, read_header, read_hint, read_stats, shard_files
+from lib.images import list_images, read_picture
+from lib.run import BadInput, StopSignal, connect, printable, program, rank, say, world_size
 from lib.taef2 import Taef2
 
-FLUX2_ID, TAEF2_ID = "black-forest-labs/FLUX.2-klein-4B", "madebyollin/taef2"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TAEF2 = "madebyollin/taef2"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in fp16 FLUX.2's VAE overflows
 CHUNK = 16    # images that a codec takes at once: this bounds its memory
 SHARD = 1024  # listed images per file of the cache
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Codecs: networks with encode(images in [-1, 1]) -> normalised latents and decode, the way back.
+# -------------------------------------------------------------------------------------------------
+# Codecs: networks with encode(images in [-1, 1]) -> normalised latents and decode, the way back
 
 class Pixels(torch.nn.Module):
     """No codec: the latent is the image, and the same programs train a model of pixels."""
@@ -48,53 +51,61 @@ class Pixels(torch.nn.Module):
     def encode(self, images):
         return images
 
-    decode = encode
+    decode = encode  # both are the identity
 
 
 class Flux2(torch.nn.Module):
-    """FLUX.2's VAE. diffusers' class is the network alone: space-to-depth and normalisation are in its pipeline."""
+    """FLUX.2's VAE, from a folder or a Hugging Face id. diffusers' class is the network alone:
+    space-to-depth and normalisation are in its pipeline, and here."""
 
     def __init__(self, source):
-        """source: a local folder or a Hugging Face id. Raises all sorts of errors."""
         super().__init__()
-        path = find_file(source, "vae/config.json", "config.json")  # in a pipeline's repository, or in its own
-        kind = json.loads(path.read_text())["_class_name"]
+        from diffusers import AutoencoderKLFlux2  # takes seconds: imported only where it is used
+        config = find_file(source, "vae/config.json", "config.json")
+        kind = json.loads(config.read_text())["_class_name"]
         if kind != "AutoencoderKLFlux2":
             raise ValueError(f"config.json is of {kind}, expected AutoencoderKLFlux2")
-        from diffusers import AutoencoderKLFlux2  # takes seconds: imported only where it is used
-        place = "vae" if path.parent.name == "vae" and path.parent != pathlib.Path(source) else None
-        self.net, info = AutoencoderKLFlux2.from_pretrained(source, subfolder=place, use_safetensors=True,
-                                                            low_cpu_mem_usage=False, output_loading_info=True)
+        # In a pipeline's repository the VAE lies in a folder of its own.
+        inside = config.parent.name == "vae" and config.parent != pathlib.Path(source)
+        self.net, info = AutoencoderKLFlux2.from_pretrained(
+            source, subfolder="vae" if inside else None, use_safetensors=True,
+            low_cpu_mem_usage=False, output_loading_info=True)
         missing = [key for key in info["missing_keys"] if not key.endswith("num_batches_tracked")]
         if missing:  # diffusers would go on with random numbers there
             raise ValueError(f"the weights lack {missing[0]}")
-        levels = len(self.net.config.block_out_channels)  # each but the last halves; pixel_unshuffle does once more
-        self.channels, self.stride = 4 * self.net.config.latent_channels, 2 ** levels
+        config = self.net.config
+        self.channels = 4 * config.latent_channels           # space-to-depth of 2 x 2
+        self.stride = 2 ** len(config.block_out_channels)    # so do all levels but one, and it
         mean, variance = self.net.bn.running_mean, self.net.bn.running_var
-        self.mean, self.std = mean[:, None, None], torch.sqrt(variance + self.net.config.batch_norm_eps)[:, None, None]
+        self.mean = mean[:, None, None]                      # (128, 1, 1)
+        self.std = torch.sqrt(variance + config.batch_norm_eps)[:, None, None]
 
-    def encode(self, images):                                                   # (B, 3, H, W)
-        z = self.net.encode(images.to(self.net.dtype)).latent_dist.mode()       # (B, 32, H/8, W/8), nothing is sampled
-        z = F.pixel_unshuffle(z.float(), 2)                                     # (B, 128, H/16, W/16)
+    def encode(self, images):                                           # (B, 3, H, W)
+        images = images.to(self.net.dtype)
+        z = self.net.encode(images).latent_dist.mode()                  # (B, 32, H/8, W/8)
+        z = F.pixel_unshuffle(z.float(), 2)                             # (B, 128, H/16, W/16)
         return (z - self.mean.to(z.device)) / self.std.to(z.device)
 
-    def decode(self, latents):                                                  # (B, 128, H/16, W/16)
+    def decode(self, latents):                                          # (B, 128, H/16, W/16)
         z = latents * self.std.to(latents.device) + self.mean.to(latents.device)
-        return self.net.decode(F.pixel_shuffle(z, 2).to(self.net.dtype)).sample  # (B, 3, H, W)
+        z = F.pixel_shuffle(z, 2).to(self.net.dtype)                    # (B, 32, H/8, W/8)
+        return self.net.decode(z).sample                                # (B, 3, H, W)
 
 
 class Codec:
-    """A codec at work: encode(images (B, 3, H, W) in [-1, 1]) -> latents (B, channels, H/stride, W/stride) and decode,
-    the way back (not clamped), fp32 in and out whatever it computes in, on its device, CHUNK images at a time.
-
-    .kind flux2, taef2 or pixels; .id a Hugging Face id, or for a local folder a hash of its weights; .hint its path.
+    """A codec at work: encode(images (B, 3, H, W) in [-1, 1]) -> latents (B, channels, H/stride,
+    W/stride) and decode, the way back (not clamped); fp32 in and out whatever it computes in.
+    .kind flux2, taef2 or pixels; .id a Hugging Face id, or a hash of a local folder's weights;
+    .path that folder, or None.
     """
 
-    def __init__(self, kind, net, id, hint=None, device="cpu", dtype="fp32"):
-        self.kind, self.id, self.hint, self.device, self.dtype = kind, id, hint, device, dtype
-        self.layout = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last  # faster
-        self.net = net.eval().requires_grad_(False).to(device, DTYPES[dtype], memory_format=self.layout)
+    def __init__(self, kind, net, id, path=None, device="cpu", dtype="fp32"):
+        self.kind, self.id, self.path, self.device, self.dtype = kind, id, path, device, dtype
         self.channels, self.stride = net.channels, net.stride
+        mps = torch.device(device).type == "mps"
+        self.layout = torch.contiguous_format if mps else torch.channels_last  # which is faster
+        net = net.eval().requires_grad_(False)
+        self.net = net.to(device, DTYPES[dtype], memory_format=self.layout)
 
     def encode(self, images):
         return self.in_chunks(self.net.encode, images)
@@ -104,197 +115,179 @@ class Codec:
 
     @torch.no_grad()
     def in_chunks(self, function, batch):
-        chunks = (x.to(self.device, torch.float32, memory_format=self.layout) for x in batch.split(CHUNK))
-        return torch.cat([function(x).float() for x in chunks]).contiguous()
+        done = []
+        for x in batch.split(CHUNK):
+            x = x.to(self.device, torch.float32, memory_format=self.layout)
+            done.append(function(x).float())
+        return torch.cat(done).contiguous()
 
 
-def load_vae(name="flux2", device="cpu", dtype="fp32"):
-    """The Codec `name`: flux2, taef2, pixels, a Hugging Face id, or a local folder, recognised by what lies in it.
-    dtype: fp32 or bf16, what it computes in. Raises BadInput."""
-    if dtype not in DTYPES:
-        raise BadInput(f"dtype {dtype}: expected fp32 or bf16 (in fp16 FLUX.2's VAE overflows: NaN or black images)")
+def load_vae(name="flux2", device="cpu", dtype="fp32") -> Codec:
+    """The Codec `name`: flux2, taef2, pixels, a Hugging Face id, or a local folder, recognised by
+    what lies in it. dtype: fp32 or bf16, what it computes in. Raises BadInput."""
     if name == "pixels":
         return Codec("pixels", Pixels(), "pixels", None, device)
-    source = {"flux2": FLUX2_ID, "taef2": TAEF2_ID}.get(name, name)
-    folder, local = pathlib.Path(source), os.path.isdir(source)
-    if not local and re.fullmatch("(flux2|taef2)-[0-9a-f]{12}", source):
-        raise BadInput(f"{source} is a local codec, known by a hash of its weights: name its folder with --vae")
-    if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise BadInput(f"--vae {name}: expected flux2, taef2, pixels, a Hugging Face id or an existing folder")
-    kind = "taef2" if source == TAEF2_ID or any(folder.glob("taef2_encoder.*")) else "flux2"
+    source = {"flux2": FLUX2, "taef2": TAEF2}.get(name, name)
+    folder, is_local = pathlib.Path(source), os.path.isdir(source)  # else a Hugging Face id
+    if not is_local and source.count("/") != 1:
+        raise BadInput(f"--vae {name}: expected flux2, taef2, pixels, a Hugging Face id, a folder")
+    kind = "taef2" if source == TAEF2 or any(folder.glob("taef2_encoder.*")) else "flux2"
     try:
         net = Taef2(source) if kind == "taef2" else Flux2(source)
-    except Exception as error:  # whatever the libraries make of no network, a broken file, another network's weights
-        wanted = "taef2_encoder.* and taef2_decoder.*" if kind == "taef2" else "config.json (or vae/config.json)"
-        reason = type(error).__name__
-        if reason != "UnpicklingError":  # torch advises to load it all the same
-            reason += f": {' '.join(str(error).split())[:160]}"
-        raise BadInput(f"--vae {name}: cannot be loaded ({reason}): check the network and HF_HOME, or name a folder "
-                       f"with {wanted} and its weights") from None
-    if not local:
-        return Codec(kind, net, source, None, device, dtype)
-    digest = hashlib.sha256()
-    for key, tensor in sorted(net.state_dict().items()):
-        digest.update(key.encode() + tensor.float().numpy().tobytes())
-    return Codec(kind, net, f"{kind}-{digest.hexdigest()[:12]}", str(folder.absolute()), device, dtype)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the libraries make of no network, or of a broken file
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise BadInput(f"--vae {name}: cannot be loaded ({reason}): check the network and HF_HOME, "
+                       "or name a folder (with config.json, or taef2_encoder.*)") from None
+    if is_local:  # known by its weights, wherever it lies
+        digest = hashlib.sha256()
+        for key, tensor in sorted(net.state_dict().items()):
+            digest.update(key.encode() + tensor.float().numpy().tobytes())
+        source = f"{kind}-{digest.hexdigest()[:12]}"
+    return Codec(kind, net, source, str(folder.absolute()) if is_local else None, device, dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images <-> numbers. Every step from floats to 8 bits in this project is to_uint8.
+def open_vae(settings: dict, channels: int, override=None, device="cpu") -> Codec:
+    """The codec that decodes a checkpoint's latents: the one asked for, else the local one that
+    made them, else the one that settings name. Raises BadInput."""
+    id, path = (settings.get("vae") or {}).get("id"), settings.get("vae_path")
+    name = override or path or id
+    if not name or (name == path and not os.path.exists(path)):
+        raise BadInput(f"the codec of these latents ({path or 'unknown'}) is not here: give --vae")
+    vae = load_vae(name, device)
+    if vae.channels != channels:
+        raise BadInput(f"--vae {name}: latents of {vae.channels} channels, but {channels} wanted")
+    if not override and vae.id != id:
+        say(f"warning: {name} is not the codec that made the latents ({id}): wrong colours")
+    return vae
 
-def to_uint8(images):
+
+# Every step from floats to 8 bits in this project is to_uint8.
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] (beyond is clamped) -> uint8, rounded to the nearest."""
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
-def from_uint8(images):
+def from_uint8(images: torch.Tensor) -> torch.Tensor:
     """uint8 -> fp32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
-def center_crop(image, size):
-    """ADM's crop: halve with a box filter, bring the short side to `size` with a bicubic one, cut out the middle."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+# -------------------------------------------------------------------------------------------------
+# The cache, written. A shard is a fixed slice of the sorted list of images, and all that shaped it
+# lies in its header, without paths or dates: its bytes are the same whoever wrote it.
 
-
-def image_tensor(image):
-    """PIL RGB -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache, written. A shard is a fixed slice of the sorted list of images, and all that shaped it lies in its header,
-# without paths or dates: its bytes are the same whoever wrote it, in however many pieces.
-
-def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=SHARD, stop=None, listing=None):
-    """Encode class folders into the cache `out`, keeping the shards that are there already. Returns the exit code.
-
-    Rank r of w writes shards r, r + w, ... and waits for nobody. batch (up to CHUNK): images at a time, of one shard.
-    listing: of `images`, if at hand. stop: a StopSignal. Raises BadInput before it writes, later RunFailed or OSError.
-    """
+def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=SHARD, stop=None,
+                listing=None):
+    """Encode class folders into the cache `out`, keeping shards that are there. Returns the exit
+    code. stop: a StopSignal. listing: of `images`, if at hand. Raises BadInput before it writes."""
     images, out = pathlib.Path(images), pathlib.Path(out)
     if size % vae.stride:
-        raise BadInput(f"--size {size}: expected a multiple of {vae.stride}, the side of a latent position in pixels")
-    classes, items = listing or list_images(images)
+        raise BadInput(f"--size {size}: expected a multiple of {vae.stride}, a latent's pixels")
     if images.resolve() in (out.resolve(), *out.resolve().parents):
         raise BadInput(f"--out {out}: inside --images it would pass for a class: put it elsewhere")
+    classes, items = listing or list_images(images)
     shards = [items[i:i + shard_size] for i in range(0, len(items), shard_size)]
-    paths = [out / f"latents_rank00_shard{k:05d}.safetensors" for k in range(len(shards))]  # LightningDiT's names
-    settings = {"version": 1, "shards": len(shards), "images": len(items), "classes": classes, "size": size,
-                "list": hashlib.sha256(json.dumps([path for path, _ in items]).encode()).hexdigest()[:16],
-                "flip": flip, "vae": {"kind": vae.kind, "id": vae.id}, "dtype": vae.dtype, "batch": batch}
-    done = {path: read_header(path)[1] for path in shard_files(out)}
-    for path, theirs in done.items():
-        if wrong := differing(theirs, settings) or ["name"] * (path not in paths):
-            raise BadInput(f"{path}: made with another {', '.join(wrong)}: repeat that cache's command or change --out")
-    todo = [k for k in range(len(shards)) if paths[k] not in done]
-    shape = (vae.channels, size // vae.stride, size // vae.stride)
-    need = 2 * (1 + flip) * math.prod(shape) * sum(len(shards[k]) for k in todo)
-    free = shutil.disk_usage(next(p for p in (out.absolute(), *out.absolute().parents) if os.path.isdir(p))).free
-    say(f"{len(items):,} images of {len(classes):,} classes: {len(todo)} of {len(shards)} shards to write, "
-        f"{need / 1e9:.2f} GB ({free / 1e9:.2f} GB free)")
-    if need > free:
-        raise BadInput(f"--out {out}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free: choose another disk")
+    settings = {
+        "version": 1, "shards": len(shards), "images": len(items), "classes": classes, "size": size,
+        "list": cache.list_hash(items), "flip": flip,
+        "vae": {"kind": vae.kind, "id": vae.id}, "dtype": vae.dtype, "batch": batch}
 
     def read(path):
-        try:
-            return image_tensor(center_crop(open_image(images / path), size))
-        except Exception as error:  # Pillow's errors for broken files are of every kind
-            return f"{type(error).__name__}: {error}"
+        return read_picture(images / path, size)
 
-    if all(isinstance(why := read(path), str) for path, _ in items):  # as a rule this reads one image
-        raise BadInput(f"{images}: not one of {len(items)} images can be read; the last: {why}")
-    lock = lock_folder(out) if rank() == 0 else out.mkdir(parents=True, exist_ok=True)  # kept until this function ends
-    if rank() == 0 and vae.hint:  # a path is no part of the data: it lies in a file of its own, which may go
-        with atomic(out / "source.json") as temporary:
-            temporary.write_text(json.dumps({"hint": vae.hint}))
-
-    from tqdm import tqdm
-    mine = [k for k in todo if k % world_size() == rank()]
+    paths = [out / f"latents_rank00_shard{k:05d}.safetensors" for k in range(len(shards))]
+    finished = finished_shards(out, paths, settings, read)
+    todo = [k for k in range(len(shards)) if paths[k] not in finished]
+    shape = vae.channels, size // vae.stride, size // vae.stride        # (C, h, w)
+    need = 2 * (1 + flip) * math.prod(shape) * sum(len(shards[k]) for k in todo)  # bytes, fp16
+    say(f"{len(items):,} images of {len(classes)} classes: {len(todo)} of {len(shards)} shards to "
+        f"write, {need / 1e9:.2f} GB")
+    check_disk(out, need)
+    if all(read(path)[0] is None for path, _ in items):  # as a rule this reads one image
+        raise BadInput(f"{images}: not one of {len(items)} images can be read")
+    mine = [k for k in todo if k % world_size() == rank()]  # no rank waits for another
+    # A machine's ranks share its cores.
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    pictures = prefetched(read, [path for k in mine for path, _ in shards[k]], threads, 2 * (batch + threads))
-    unreadable = {path: "as before" for theirs in done.values() for path in theirs["unreadable"] if rank() == 0}
-    bar = tqdm(total=sum(len(shards[k]) for k in mine), unit="image", disable=rank() > 0 or None)
-    for k in mine:
-        labels, failed = [], {}
-        tensors = {name: [torch.empty(0, *shape)] for name in ("latents", "latents_flip")[:1 + flip]}
-        for start in range(0, len(shards[k]), batch):
-            if stop and stop.number:
+    jobs = [path for k in mine for path, _ in shards[k]]
+    pictures = prefetched(read, jobs, threads, 2 * (batch + threads))
+    bar = tqdm(total=len(jobs), unit="image", disable=rank() > 0 or None)
+    with lock_folder(out), bar:
+        if rank() == 0 and vae.path:
+            cache.write_codec_path(out, vae.path)
+        for k in mine:
+            encoded = encode_shard(shards[k], pictures, vae, shape, flip, batch, bar, stop)
+            if encoded is None:
                 say("stopped: whole shards are kept, and the same command continues")
                 return 128 + stop.number
-            part = [(path, label, next(pictures)) for path, label in shards[k][start:start + batch]]
-            failed |= {path: picture for path, _, picture in part if isinstance(picture, str)}
-            good = [(label, picture) for path, label, picture in part if path not in failed]
-            if good:
-                labels += [label for label, _ in good]
-                x = from_uint8(torch.stack([picture for _, picture in good]).to(vae.device))  # (b, 3, size, size)
-                for name in tensors:
-                    tensors[name].append(vae.encode(x.flip(-1) if name == "latents_flip" else x).cpu())
-            bar.update(len(part))
-        tensors = {name: torch.cat(latents).half() for name, latents in tensors.items()}
-        if not all(latents.isfinite().all() for latents in tensors.values()):
-            raise RunFailed(f"{paths[k].name}: latents that are not finite numbers: try --dtype fp32")
-        tensors["labels"] = torch.tensor(labels, dtype=torch.int64)
-        header = json.dumps(settings | {"shard": k, "unreadable": [*failed]}, sort_keys=True)
-        try:
-            with atomic(paths[k]) as temporary:
-                save_file(tensors, temporary, {"nanojlt": header})  # one key: safetensors keeps no order among several
-        except SafetensorError as error:
-            raise RunFailed(f"{paths[k]}: cannot be written ({error})") from None
-        unreadable |= failed
-    bar.close()
-    for path, why in unreadable.items():
-        line = f"warning: left out, cannot be read: {path} ({why})"
-        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # names may be any bytes
-    say(f"{out}: written" + " (this rank's part)" * (world_size() > 1) + f"; next: python train.py --latents {out}")
+            tensors, unreadable = encoded
+            cache.save_shard(paths[k], tensors, settings | {"shard": k, "unreadable": unreadable})
+    say(f"{out}: written by rank 0; next: python train.py --latents {out}")
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def finished_shards(out, paths, settings, read):
+    """The shards that need not be written again. Raises BadInput for one of another cache."""
+    finished = []
+    for path in cache.shard_files(out):
+        _, theirs = cache.read_header(path)
+        wrong = cache.differing(theirs, settings) or ([] if path in paths else ["name"])
+        if wrong:
+            raise BadInput(f"{path}: made with another {', '.join(wrong)}: change --out")
+        # Not finished: where an image left out can be read now, since its disk was away.
+        if all(read(name)[0] is None for name in theirs["unreadable"]):
+            finished.append(path)
+    return finished
+
+
+def encode_shard(items, pictures, vae, shape, flip, batch, bar, stop):
+    """Encode the next of `pictures`, those of items [(path, label)]. Returns (tensors of the shard,
+    paths that cannot be read), or None where a signal says stop."""
+    names = ("latents", "latents_flip") if flip else ("latents",)
+    tensors = {name: [torch.empty(0, *shape).half()] for name in names}
+    labels, unreadable = [], []
+    for start in range(0, len(items), batch):
+        if stop and stop.number:
+            return None
+        good = []
+        for path, label in items[start:start + batch]:
+            picture, reason = next(pictures)
+            if reason:
+                print(printable(f"warning: left out: {path} ({reason})"), file=sys.stderr)
+                unreadable.append(path)
+            else:
+                good.append(picture)
+                labels.append(label)
+            bar.update()
+        if good:
+            x = from_uint8(torch.stack(good).to(vae.device))            # (b, 3, size, size)
+            for name in names:
+                z = vae.encode(x.flip(-1) if name == "latents_flip" else x)
+                tensors[name].append(z.cpu().half())                    # (b, C, h, w)
+    tensors = {name: torch.cat(latents) for name, latents in tensors.items()}
+    return tensors | {"labels": torch.tensor(labels, dtype=torch.int64)}, unreadable
+
+
+# -------------------------------------------------------------------------------------------------
 # The cache, read
 
-class LatentDataset(torch.utils.data.Dataset):
-    """A cache of ours, of LightningDiT or of the JLT release: [i] -> (latent (C, h, w) in the stored type, int label).
-
-    .shape (C, h, w); .num_classes; .class_names, .size of the images, .vae {"kind", "id"}: None if a foreign cache does
-    not say; .hint, a local codec's path or None; .mirrored; .fingerprint of headers and labels, which is all that
-    opening reads. Picklable. Raises BadInput for shards that are damaged, missing or of different caches.
+class LatentDataset:
+    """A cache of ours, of LightningDiT or of the JLT release: [i] -> (latent (C, h, w) in the
+    stored type, int label).
+    .shape (C, h, w); .num_classes; .mirrored: whether it holds mirrored images; .class_names, .size
+    of the images, .vae {"kind", "id"}: None where a foreign cache does not say; .vae_path, a local
+    codec's folder or None; .fingerprint of headers and labels. Raises BadInput.
     """
 
     def __init__(self, folder):
-        folder, paths = pathlib.Path(folder), shard_files(folder)
-        if not paths:
-            raise BadInput(f"no latents at {folder}: make them (python vae.py --images FOLDER --out {folder}), or try "
-                           "python train.py --demo, which needs none")
-        headers, settings = zip(*map(read_header, paths))
-        ours = settings[0]
-        for path, theirs in zip(paths, settings):
-            if wrong := differing(theirs, ours):
-                raise BadInput(f"{path}: not of one cache with {paths[0].name}: another {', '.join(wrong)}")
-        numbers = [theirs["shard"] for theirs in settings] if ours else []
-        if ours and numbers != list(range(ours["shards"])):
-            gap = next((k for k, number in enumerate(numbers) if k != number), len(numbers))
-            raise BadInput(f"{folder}: {len(numbers)} of {ours['shards']} shards, number {gap} is not in its place: "
-                           "finish the cache with the same vae.py command")
-        self.rows = Rows(paths, headers)
-        self.labels, self.shape, self.mirrored = self.rows.labels, self.rows.shape, self.rows.mirrored
-        self.class_names, self.size, self.vae = (ours and ours[key] for key in ("classes", "size", "vae"))
-        low, high = (int(extreme) for extreme in self.labels.aminmax()) if len(self) else (0, 0)
-        self.num_classes = len(self.class_names) if ours else high + 1
-        if not len(self) or not 0 <= low <= high < self.num_classes <= 1e6:
-            raise BadInput(f"{folder}: {len(self)} labels from {low} to {high}, expected some from 0 to "
-                           f"{self.num_classes - 1 if ours else 999_999}: make the cache anew")
-        self.hint = read_hint(folder / "source.json")
-        self.stats = None if ours else read_stats(folder / "latents_stats.pt", self.shape[0])
-        digest = hashlib.sha256(json.dumps([[p.name for p in paths], headers, settings], default=str).encode())
-        for data in (self.labels, *(self.stats or ())):
-            digest.update(data.numpy().tobytes())
-        self.fingerprint = digest.hexdigest()[:16]
+        self.rows, settings, self.stats, self.fingerprint = cache.open_cache(folder)
+        self.labels, self.shape = self.rows.labels, self.rows.shape
+        self.mirrored = self.rows.mirrored
+        self.class_names, self.size = settings.get("classes"), settings.get("size")
+        self.num_classes = len(self.class_names or range(int(self.labels.max()) + 1))
+        self.vae, self.vae_path = settings.get("vae"), cache.read_codec_path(folder)
 
     def __len__(self):
         return len(self.labels)
@@ -303,47 +296,54 @@ class LatentDataset(torch.utils.data.Dataset):
         latents, labels = self.batch([range(len(self))[i]])
         return latents[0], int(labels[0])
 
+    def differs(self, other):
+        """What keeps two caches from being of one kind, for one network."""
+        names = ("shape", "vae", "num_classes", "class_names")
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
     def batch(self, indices, flip=False):
-        """Latents (B, C, h, w) in the stored type and labels (B,) int64. flip, bool (B,) or one bool: of the mirrored
-        image; ignored where the cache has none (its images have sides: digits, text). Threads may call it."""
+        """Latents (B, C, h, w) in the stored type and labels (B,) int64. flip, bool (B,) or one
+        bool: of the mirrored image; ignored where the cache has none."""
         indices = np.asarray(indices, dtype=np.int64)
-        latents = self.rows.gather(indices, np.broadcast_to(np.asarray(flip, dtype=bool), indices.shape))
-        if self.stats:
+        flip = np.broadcast_to(np.asarray(flip, dtype=bool), indices.shape)
+        latents = self.rows.gather(indices, flip)                       # (B, C, h, w)
+        if self.stats:  # LightningDiT's latents are raw
             mean, std = self.stats
             latents = ((latents.float() - mean) / std).to(latents.dtype)
         return latents, self.labels[torch.from_numpy(indices)]
 
     def check(self):
-        """(mean, standard deviation) of up to 1,000 latents from all over the cache. Warns where they are far from 0
-        and 1 (pixels may be); raises BadInput where they are no finite numbers."""
-        picks = np.unique(np.linspace(0, len(self) - 1, 1000).astype(np.int64))
-        sums = np.zeros(2)
-        for part in np.array_split(picks, -(-len(picks) // 50)):  # a few at a time: memory stays small
-            x = self.batch(part)[0].double()
-            sums += np.array([x.mean(), x.square().mean()]) * len(part) / len(picks)
-        mean, std = float(sums[0]), math.sqrt(max(0, sums[1] - sums[0] ** 2))
-        if not np.isfinite(sums).all():
-            raise BadInput("the latents hold values that are not finite numbers: make the cache anew")
-        if (abs(mean) > 1 or not 0.25 <= std <= 4) and (self.vae or {}).get("kind") != "pixels":
-            say(f"warning: latents of mean {mean:.2f} and standard deviation {std:.2f}, expected about 0 and 1")
+        """(mean, standard deviation) of 1,000 latents from all over the cache. Warns where they are
+        far from 0 and 1 (pixels may be); raises BadInput where they are no finite numbers."""
+        picks = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(np.int64)
+        x = self.batch(picks)[0].float()                                # (up to 1000, C, h, w)
+        mean, std = x.mean().item(), x.std(correction=0).item()
+        if not math.isfinite(mean):
+            raise BadInput("the latents hold values that are not finite: make the cache anew")
+        healthy = abs(mean) <= 1 and 0.25 <= std <= 4
+        if not healthy and (self.vae or {}).get("kind") != "pixels":
+            say(f"warning: latents of mean {mean:.2f} and spread {std:.2f}, expected about 0 and 1")
         return mean, std
 
 
 @program
 def main(argv=None):
-    parser = Parser("Encode class folders of images into a cache of latents. The same command continues.")
-    parser.add_argument("--images", required=True, metavar="FOLDER", help="FOLDER/<class>/*.jpg, or deeper")
-    parser.add_argument("--out", default="data/imagenet256-flux2", metavar="CACHE", help="folder to write")
-    parser.add_argument("--vae", default="flux2", help="flux2, taef2, pixels, a Hugging Face id or a local folder")
-    parser.add_argument("--size", type=number(int, 1, 8192), default=256, help="side of the square images, in pixels")
-    parser.add_argument("--no-flip", action="store_true", help="no mirrored latents: for digits, text, sides")
-    parser.add_argument("--batch", type=number(int, 1, CHUNK), default=CHUNK, help="images encoded at once")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="codec; fp16 overflows")
+    parser = Parser("Encode class folders into a cache of latents. The same command continues.")
+    add = parser.add_argument
+    add("--images", required=True, metavar="FOLDER", help="FOLDER/<class>/*.jpg, or deeper")
+    add("--out", default="data/imagenet256-flux2", metavar="CACHE", help="folder to write")
+    add("--vae", default="flux2", help="flux2, taef2, pixels, a Hugging Face id or a folder")
+    add("--size", type=number(int, 1, 8192), default=256, help="side of the images, in pixels")
+    add("--no-flip", action="store_true", help="no mirrored latents: where left and right matter")
+    add("--batch", type=number(int, 1, CHUNK), default=CHUNK, help="images encoded at once")
+    add("--dtype", default="fp32", choices=DTYPES, help="what the codec computes in")
     args = parser.parse_args(argv)
+    connect()
     stop = StopSignal()
     listing = list_images(args.images)  # a wrong folder is reported before a codec is downloaded
     vae = load_vae(args.vae, pick_device(), args.dtype)
-    return write_cache(args.images, args.out, vae, args.size, not args.no_flip, args.batch, stop=stop, listing=listing)
+    return write_cache(args.images, args.out, vae, args.size, not args.no_flip, args.batch,
+                       stop=stop, listing=listing)
 
 
 if __name__ == "__main__":

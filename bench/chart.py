@@ -1,25 +1,37 @@
-"""What the charts share: a colour for each target, and picture files that are written whole.
-
-matplotlib draws them. It is no requirement of the project, and only this folder uses it: pip install matplotlib
-"""
+"""What the charts share. matplotlib draws them: pip install matplotlib"""
 import argparse
 import pathlib
 
 from lib.checkpoint import read_checkpoint
-from lib.run import BadInput, atomic
+from lib.files import atomic
+from lib.run import BadInput, say
 
 COLOURS = {"x": "tab:blue", "eps": "tab:red", "v": "tab:orange"}
-MEANING = {"x": "x, the clean latent", "eps": "eps, the noise", "v": "v = x - e, the velocity"}
+OTHER = "tab:green"  # of a target that is new here
+
+
+def styles(targets, what="linestyle", kinds=("-", "--", ":", "-.")):
+    """How runs are drawn: in their target's colour, in another kind of line where it is taken."""
+    looks = []
+    for place, target in enumerate(targets):
+        kind = kinds[targets[:place].count(target) % len(kinds)]
+        looks.append({"color": COLOURS.get(target, OTHER), what: kind})
+    return looks
+
+
+def settings_of(run):
+    """The settings of a run's folder, as its export has them; {} where there is none yet."""
+    path = pathlib.Path(run) / "ema.safetensors"
+    return read_checkpoint(path)[1] if path.exists() else {}
 
 
 def pyplot():
     """matplotlib.pyplot, drawing to files alone."""
     try:
-        import matplotlib
+        import matplotlib.pyplot
     except ImportError:
         raise BadInput("charts need matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
+    matplotlib.pyplot.switch_backend("Agg")
     return matplotlib.pyplot
 
 
@@ -32,20 +44,11 @@ def picture(text):
 
 
 def save(figure, path):
-    """Write a figure of matplotlib as PNG."""
+    """Give all panels a grid and a legend, and write the figure."""
+    for panel in figure.axes:
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=8)
     figure.tight_layout()
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png", bbox_inches="tight")
-
-
-def settings_of(run):
-    """The settings of a run's folder, as its export has them; {} where there is none yet, or it is not ours."""
-    path = pathlib.Path(run) / "ema.safetensors"
-    return path.exists() and read_checkpoint(path)[1] or {}
-
-
-def styles(targets, what="linestyle", kinds=("-", "--", ":", "-.")):
-    """How runs are drawn: in the colour of their target, and in a kind of line or marker that tells those of one
-    target apart."""
-    return [{"color": COLOURS.get(target, "gray"), what: kinds[targets[:place].count(target) % len(kinds)]}
-            for place, target in enumerate(targets)]
+        figure.savefig(temporary, dpi=110, format="png")
+    say(f"-> {path}")

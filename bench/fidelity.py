@@ -1,85 +1,73 @@
-"""fid.py beside torch-fidelity, in one run: features, FID, Inception Score, and the time each takes.
+"""fid.py beside torch-fidelity, in one run: features, FID, Inception Score, and their times.
 
     python -m bench.fidelity --inception FILE --images FOLDER --against FOLDER --n 2000
 
-torch-fidelity has to be installed for this (pip install torch-fidelity), best in an environment of its own. It imports
-torchvision, whose operators a CPU build of torch may lack; nothing here uses them, so they are declared beforehand.
+This wants torch-fidelity, best in an environment of its own: pip install torch-fidelity
 """
 import pathlib
 import statistics
-import sys
 import time
 
 import torch
 
 import fid
 from lib.flags import Parser, number
+from lib.inception import load_inception
 from lib.run import program
 
 
-def torch_fidelity(weights):
-    """torch-fidelity's extractor, and its modules for FID and IS."""
-    try:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        pass  # a working torchvision
-    from torch_fidelity import metric_fid, metric_isc
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    names = ["2048", "logits_unbiased"]
-    extractor = FeatureExtractorInceptionV3("published", names, feature_extractor_weights_path=str(weights))
-    return extractor, metric_fid, metric_isc
-
-
-def timed(function, *arguments):
-    start = time.perf_counter()
-    result = function(*arguments)
-    return result, time.perf_counter() - start
+@torch.inference_mode()
+def both(ours, theirs, folder, n, seconds):
+    """On n images of a folder: (our Statistics, their features (n, 2048), the largest relative
+    difference of an image's). Adds pairs of times to `seconds`."""
+    n, _, batches = fid.folder_images(folder, None, n, 50)
+    sums, kept, largest = fid.Statistics(n), [], 0.0
+    for indices, images in batches:
+        start = time.perf_counter()
+        features, logits = ours(images)                                 # (B, 2048), (B, 1008)
+        middle = time.perf_counter()
+        reference, _ = theirs(images)                                   # (B, 2048)
+        seconds.append((middle - start, time.perf_counter() - middle))
+        sums.update(features, logits, indices)
+        kept.append(reference)
+        difference = (features - reference).norm(dim=1) / reference.norm(dim=1)
+        largest = max(largest, difference.max().item())
+    return sums, torch.cat(kept), largest
 
 
 @program
 def main(argv=None):
-    parser = Parser("fid.py beside torch-fidelity.")
-    parser.add_argument("--inception", type=pathlib.Path, required=True, help="Inception's weights")
-    parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of images")
-    parser.add_argument("--against", type=pathlib.Path, required=True, help="folder of images to compare them with")
-    parser.add_argument("--n", type=number(int, 100), default=2000, help="images of each")
-    parser.add_argument("--batch", type=number(int, 1, 50), default=50, help="images at a time")
+    parser, path = Parser("fid.py beside torch-fidelity."), pathlib.Path
+    add = parser.add_argument
+    add("--inception", type=path, required=True, help="Inception's weights")
+    add("--images", type=path, required=True, help="folder of images")
+    add("--against", type=path, required=True, help="folder of images to compare them with")
+    add("--n", type=number(int, 100), default=2000, help="images of each")
     args = parser.parse_args(argv)
-    ours = fid.load_inception(args.inception)
-    theirs, metric_fid, metric_isc = torch_fidelity(args.inception)
-    sums, kept, seconds, largest = [], [], [], 0
-    with torch.inference_mode():
-        for folder in (args.images, args.against):
-            n, _, batches = fid.folder_images(folder, None, args.n, args.batch)
-            sums.append(fid.Statistics(n))
-            kept.append([])
-            for indices, images in batches:
-                pair = [None, None]
-                for which in ((0, 1) if len(seconds) % 2 else (1, 0)):  # neither is always first
-                    pair[which] = timed((ours, theirs)[which], images)
-                ((features, logits), time_ours), ((reference, _), time_theirs) = pair
-                largest = max(largest, ((features - reference).norm(dim=1) / reference.norm(dim=1)).max().item())
-                sums[-1].update(features, logits, indices)
-                kept[-1].append(reference)
-                seconds.append((time_ours, time_theirs))
-    mu, sigma = sums[1].mean_and_covariance()
-    ours_fid = fid.frechet_distance(*sums[0].mean_and_covariance(), mu, sigma)
-    both = [metric_fid.fid_features_to_statistics(torch.cat(features)) for features in kept]
-    theirs_fid = metric_fid.fid_statistics_to_metric(*both, False)["frechet_inception_distance"]
-    exact = [metric_fid.fid_features_to_statistics(torch.cat(features).double()) for features in kept]
-    exact_fid = metric_fid.fid_statistics_to_metric(*exact, False)["frechet_inception_distance"]
+    try:
+        import torchvision  # noqa: F401  (torch-fidelity imports it)
+    except RuntimeError:  # it was built for another torch: operators are missing that nobody calls
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", schema)
+    from torch_fidelity import feature_extractor_inceptionv3, metric_fid, metric_isc
+    theirs = feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
+        "", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(args.inception))
+    ours, seconds = load_inception(args.inception), []
+    sums, features, one = both(ours, theirs, args.images, args.n, seconds)
+    real_sums, real, other = both(ours, theirs, args.against, args.n, seconds)
+    print(f"features: largest relative difference of an image {max(one, other):.2e}")
     logits = torch.randn(args.n, 1008, generator=torch.Generator().manual_seed(0)) * 3
-    ours_is, theirs_is = fid.inception_score(logits), metric_isc.isc_features_to_metric(logits)["inception_score_mean"]
-    a, b = (statistics.median(times) for times in zip(*seconds[2:]))
-    print(f"features: largest relative difference of an image {largest:.2e}")
-    for name, mine, other in (("FID", ours_fid, theirs_fid), ("FID, their features in float64", ours_fid, exact_fid),
-                              ("IS of random logits", ours_is, theirs_is)):
-        print(f"{name}: {mine:.8f}, torch-fidelity {other:.8f}, relative difference {abs(mine / other - 1):.2e}")
-    print(f"speed: {args.batch} images in {a:.2f} s, torch-fidelity {b:.2f} s: {b / a:.2f} times as fast "
-          f"(medians of {len(seconds) - 2} batches each, taking turns; {torch.get_num_threads()} threads)")
+    pair = [metric_fid.fid_features_to_statistics(part) for part in (features, real)]
+    their_fid = metric_fid.fid_statistics_to_metric(*pair, False)["frechet_inception_distance"]
+    their_is = metric_isc.isc_features_to_metric(logits)["inception_score_mean"]
+    our_fid = fid.frechet_distance(*sums.mean_and_covariance(), *real_sums.mean_and_covariance())
+    our_is = fid.inception_score(logits)
+    for name, a, b in ("FID", our_fid, their_fid), ("IS of random logits", our_is, their_is):
+        print(f"{name}: {a:.8f}, torch-fidelity {b:.8f}, relative difference {abs(a / b - 1):.2e}")
+    a, b = (statistics.median(values) for values in zip(*seconds))
+    print(f"speed: 50 images in {a:.2f} s, torch-fidelity {b:.2f} s (medians): {b / a:.2f} times")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

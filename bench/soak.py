@@ -1,148 +1,112 @@
-"""Kill runs again and again, start them with the same command, and compare with runs that were left alone.
+"""Kill runs again and again, start them with the same command, compare with runs left alone.
 
-    python -m bench.soak                                       one process, and the encoding of a cache
-    python -m bench.soak --kills 20 --cache-kills 0 --ranks 2  torchrun and workers die alike, and once torchrun alone
+    python -m bench.soak                                       one process, and a cache's encoding
+    python -m bench.soak --kills 20 --cache-kills 0 --ranks 2  torchrun and its workers die alike
 
-On the CPU, in a temporary folder. A life ends by SIGKILL at one of three moments, drawn at random: while it starts
-(imports, data, the checkpoint read back), some time after its first new step, or while a temporary file is there, in
-the middle of saving. Compared, byte for byte: last.safetensors (network, EMAs, optimizer, settings), ema, the shards of
-a cache; of log.csv step, loss, lr and grad_norm. Exit code 1 where anything differs.
+On the CPU. Half of the lives end by SIGKILL while they start, half in the middle of saving. What
+has to agree: a run's checkpoint, export and log (step, loss, lr, grad_norm), a cache's shards.
 """
-import csv, os, pathlib, subprocess, sys, tempfile, time
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
 
-import numpy as np
-
-from lib.digits import draw_digits
 from lib.flags import Parser, number
+from lib.images import draw_digits
+from lib.log import read_table
 from lib.run import RunFailed, program, say
 
-MOMENTS = ("starting", "later", "saving")
-kill = lambda pids: subprocess.run(["kill", "-KILL", *map(str, pids)], stderr=subprocess.DEVNULL)
 
-
-def start(command, log):
-    """Start python with these arguments; all that it says is added to the file `log`."""
-    with open(log, "a") as file:
-        return subprocess.Popen([sys.executable, *map(str, command)], stdout=file, stderr=file)
-
-
-def finish(process, log):
-    if process.wait():
-        raise RunFailed(f"exit code {process.returncode}: {log.read_text()[-500:]}")
-
-
-def alive():
-    """{pid: its parent's} of all processes (zombies are not)."""
-    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
-    return {int(pid): int(parent) for pid, parent, state in map(str.split, table.splitlines()) if state[0] != "Z"}
+def start(command):
+    return subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL)
 
 
 def family(pid):
-    """A process and its descendants: torchrun starts each worker apart, so no process group has all."""
-    found, parents = [pid], alive()
-    for member in found:  # grows while it is read
-        found += [child for child, parent in parents.items() if parent == member]
-    return found
+    """A process and its descendants (torchrun starts each worker in a session of its own)."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    return [pid] + [member for child in children.split() for member in family(int(child))]
 
 
-def names(folder, *starts):
-    return sorted(name for start in starts for name in map(os.path.basename, folder.glob(f"{start}*")))
-
-
-def rows(out):
+def logged(out):
     """What two runs must agree on in log.csv."""
-    lines = (out / "log.csv").read_text().splitlines() if names(out, "log.csv") else []
-    return [[row[name] for name in ("step", "loss", "lr", "grad_norm")] for row in csv.DictReader(lines)]
+    _, rows = read_table(out / "log.csv")
+    return [[row[name] for name in ("step", "loss", "lr", "grad_norm")] for row in rows]
 
 
-def progress(out):  # steps logged, or shards written
-    return len(names(out, "latents")) + len(rows(out))
+def progress(out):
+    """Steps logged, or shards written."""
+    return len(logged(out)) + len(list(out.glob("latents*")))
 
 
-def wait_for(happened, process):
-    while not happened() and process.poll() is None:
+def wait_for_progress(process, out):
+    before = progress(out)
+    while progress(out) == before and process.poll() is None:
         time.sleep(0.001)
 
 
-def under_fire(command, out, kills, log, rng, first, pace):
-    """Kill it `kills` times. A life needs about `first` seconds to its first step or shard, then `pace` for each."""
-    seen = dict.fromkeys((*MOMENTS, "temporary files left", "only previous left"), 0)
-    for k in range(kills):
-        moment, before, process = MOMENTS[rng.integers(3)], progress(out), start(command, log)
-        if moment == "starting":
-            time.sleep(rng.random() * first)
-        else:
-            wait_for(lambda: progress(out) > before, process)
-        pids = family(process.pid)
-        if moment == "saving":
-            wait_for(lambda: names(out, ".tmp-"), process)
-        time.sleep(rng.random() * pace * {"starting": 0, "later": 2, "saving": 0.2}[moment])
-        if process.poll() is not None:
-            raise RunFailed(f"exit code {process.returncode} before kill {k + 1}: {log.read_text()[-500:]}")
-        kill(pids)
-        process.wait()
-        seen[moment] += 1
-        seen["temporary files left"] += len(names(out, ".tmp-")) > 0
-        seen["only previous left"] += names(out, "last", "previous") == ["previous.safetensors"]
-    return seen
-
-
-def agent_alone(command, out, log):
-    """Kill torchrun's agent alone once its workers train, and give the command again: what becomes of all."""
-    before, process = progress(out), start(command, log)
-    wait_for(lambda: progress(out) > before, process)
-    workers = set(family(process.pid)[1:])
-    process.kill()
-    process.wait()
-    killed, step, again = time.monotonic(), progress(out), start(command, log).wait()
-    while (left := alive().keys() & workers) and time.monotonic() < killed + 300:
-        time.sleep(0.1)
-    kill(left)
-    say(f"torchrun alone killed at step {step}: its workers {'hung' if left else 'ended'} at step {progress(out)}, "
-        f"after {time.monotonic() - killed:.0f} s; the same command, given at once, ended with exit code {again}")
-
-
-def soak(command, calm, fire, kills, log, rng, agent=False):
-    """Run the command left alone, into the folder `calm`, then under fire, into `fire`. Returns whether they agree."""
-    began, process = time.monotonic(), start([*command, "--out", calm], log)
-    wait_for(lambda: progress(calm) > 0, process)
+def finish(command, out):
+    """Run it to its end. Returns the seconds to its first step or shard."""
+    began, process = time.monotonic(), start(command)
+    wait_for_progress(process, out)
     first = time.monotonic() - began
-    finish(process, log)
-    pace, command = (time.monotonic() - began - first) / progress(calm), [*command, "--out", fire]
-    began = time.monotonic()
-    seen = under_fire(command, fire, kills, log, rng, first, pace)
-    if agent:
-        agent_alone(command, fire, log)
-    finish(start(command, log), log)
-    kept = names(calm, "latents", "last", "ema")
-    same = rows(calm) == rows(fire) and all((calm / name).read_bytes() == (fire / name).read_bytes() for name in kept)
-    say(f"{progress(calm)} steps or shards, {kills} kills in {time.monotonic() - began:.0f} s:",
-        *(f"{what} {n}," for what, n in seen.items()), "as if left alone" if same else "NOT AS IF LEFT ALONE")
+    if process.wait():
+        raise RunFailed(f"exit code {process.returncode} of {process.args}")
+    return first
+
+
+def soak(command, folder, kills):
+    """Run the command left alone, and again under fire. Returns whether both come to the same."""
+    calm, fire = folder / "calm", folder / "fire"
+    first = finish([*command, "--out", calm], calm)
+    command = [*command, "--out", fire]
+    for kill in range(kills):
+        process = start(command)
+        if kill % 2:
+            wait_for_progress(process, fire)
+            pids = family(process.pid)  # which takes longer than saving does
+            while not any(fire.glob(".tmp-*")) and process.poll() is None:
+                pass
+        else:
+            time.sleep(first * kill / kills)
+            pids = family(process.pid)
+        if process.poll() is not None:
+            raise RunFailed(f"exit code {process.returncode} before kill {kill + 1}")
+        subprocess.run(["kill", "-KILL", *map(str, pids)])
+        process.wait()
+    finish(command, fire)
+    same = logged(calm) == logged(fire)
+    for path in [*calm.glob("latents*"), *calm.glob("last*"), *calm.glob("ema*")]:
+        same = same and path.read_bytes() == (fire / path.name).read_bytes()
+    say(f"{progress(calm)} steps or shards, {kills} kills, every other while saving: "
+        f"{'as if' if same else 'NOT AS IF'} left alone")
     return same
 
 
 @program
 def main(argv=None):
     parser = Parser("Kill runs again and again, and compare with runs that were left alone.")
-    parser.add_argument("--kills", type=number(int, 0), default=50, help="of training")
-    parser.add_argument("--cache-kills", type=number(int, 0), default=10, help="of encoding a cache")
-    parser.add_argument("--ranks", type=number(int, 1), default=1, help="processes, under torchrun from two on")
+    add = parser.add_argument
+    add("--kills", type=number(int, 0), default=50, help="of training")
+    add("--cache-kills", type=number(int, 0), default=10, help="of encoding a cache")
+    add("--ranks", type=number(int, 1), default=1, help="processes, by torchrun from two on")
     args = parser.parse_args(argv)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    python = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"] * (args.ranks > 1)
-    encode = ["vae.py", "--vae", "pixels", "--size", 8, "--images"]
-    train = [*python, "train.py", "--model", "T", "--patch", 4, "--batch", 8, "--lr", 1e-3, "--ema", 0.9, "--steps",
-             3 * args.kills + 30, "--save-every", 1, "--log-every", 1, "--sample-every", 50, "--latents"]
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        folder, rng, same = pathlib.Path(folder), np.random.default_rng(0), True
-        log, few, many = folder / "log.txt", folder / "few", folder / "many"
-        if args.cache_kills:
-            draw_digits(many, 103 * (args.cache_kills + 3), size=8)  # a shard holds 1,024 pictures
-            same &= soak([*encode, many], folder / "c", folder / "d", args.cache_kills, log, rng)
+    encode = "vae.py --vae pixels --size 8 --images".split()
+    train = ("train.py --model T --patch 4 --batch 8 --lr 1e-3 --ema 0.9 --save-every 1 "
+             f"--log-every 1 --sample-every 50 --steps {3 * args.kills + 30} --latents").split()
+    if args.ranks > 1:
+        train[:0] = f"-m torch.distributed.run --standalone --nproc_per_node={args.ranks}".split()
+    with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
+        folder, same = pathlib.Path(scratch), True
+        few, cache = draw_digits(folder / "few", 4, size=8), folder / "cache"
+        finish([*encode, few, "--out", cache], cache)
+        if args.cache_kills:  # a shard holds 1,024 pictures
+            many = draw_digits(folder / "many", 103 * (args.cache_kills + 3), size=8)
+            same = soak([*encode, many], folder / "encoding", args.cache_kills)
         if args.kills:
-            draw_digits(few, 4, size=8)
-            finish(start([*encode, few, "--out", folder / "cache"], log), log)
-            same &= soak([*train, folder / "cache"], folder / "a", folder / "b", args.kills, log, rng, args.ranks > 1)
+            same = soak([*train, cache], folder / "training", args.kills) and same
     return 0 if same else 1
 
 

@@ -1,104 +1,139 @@
-"""What a run leaves to look at: log.csv, the loss by time, memory in use, grids of pictures."""
+"""What a run leaves to look at: log.csv, its speed, the error by time; tables of scores."""
 import csv
-import importlib.util
+import os
 import pathlib
-import sys
+import time
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
-from lib.run import BadInput, atomic, rank
+from lib.files import atomic
+from lib.run import BadInput, rank, say
+
+
+def read_table(path):
+    """(columns, rows as {column: text}) of a CSV file; a last row that was torn is left out. Raises
+    BadInput where it is no such file."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if None not in row.values()]
+            return list(reader.fieldnames or []), rows
+    except FileNotFoundError:
+        return [], []
+    except (OSError, ValueError, csv.Error) as error:
+        raise BadInput(f"{path}: cannot be read as a table ({error}): move it away") from None
+
+
+def write_table(path, columns, rows):
+    """Write a CSV file whole, so that it never holds half a row."""
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_scores(path, columns):
+    """The rows of a table of scores; none where there is no file. Raises BadInput where it is
+    another kind of table, or where it could not be written."""
+    found, rows = read_table(path)
+    if found and found != list(columns):
+        raise BadInput(f"{path}: not a table of these scores: choose another --csv")
+    if not found and not os.access(path.absolute().parent, os.W_OK):
+        raise BadInput(f"{path}: its folder does not exist or cannot be written to")
+    return rows
+
+
+def append_score(path, columns, row):
+    """Add a row, by rank 0, to a table that other programs may have added to meanwhile."""
+    if rank() == 0:
+        write_table(path, columns, [*read_scores(path, columns), row])
+
+
+def error_columns(name):
+    """The columns of `error_by_time`: NAME, and NAME_t05 ... NAME_t95 by the middle of a bin."""
+    return [name, *(f"{name}_t{k}5" for k in range(10))]
+
+
+COLUMNS = ["step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb", "graphs",
+           "skipped", *error_columns("fit"), *error_columns("val"), "fid", "inception_score",
+           "fid_n"]  # of log.csv
 
 
 class Log:
-    """A CSV file with one row per logged step; rank 0 alone writes it. Opened at `step`, it forgets later rows: a run
-    that continues from a checkpoint of that step will write them again, with the same losses."""
+    """A CSV file with one row per logged step, which rank 0 alone writes. Opened at `step`, it
+    forgets later rows: a run that continues from there writes them again, with the same losses."""
 
-    def __init__(self, path, columns, step):
-        self.path, self.columns, self.last = pathlib.Path(path), columns, None
+    def __init__(self, path, step):
+        self.path, self.last = pathlib.Path(path), None
         if rank() == 0:
-            self.write([row for row in self.read() if int(row["step"]) <= step])
-
-    def read(self):
-        try:
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be torn
-            [int(row["step"]) for row in rows]  # or a ValueError
-            return rows
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, KeyError, csv.Error) as error:
-            raise BadInput(f"{self.path}: not a log of training ({type(error).__name__}): move it away") from None
-
-    def write(self, rows):
-        with atomic(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore", restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+            found, rows = read_table(path)
+            if found and found[0] != "step":
+                raise BadInput(f"{path}: not a log of training: move it away")
+            write_table(path, COLUMNS, [row for row in rows if int(row["step"]) <= step])
 
     def append(self, row):
-        """Add a row, or new columns to the last one if it is of the same step, and print it."""
+        """Add a row, or new columns to the last one where it is of the same step, and print it."""
         if rank():
             return
         if row["step"] == self.last:
-            rows = self.read()
+            _, rows = read_table(self.path)
             rows[-1] |= row
-            self.write(rows)
+            write_table(self.path, COLUMNS, rows)
         else:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
-        self.last, names = row["step"], [name for name in self.columns[1:] if name in row and "_t" not in name]
-        tqdm.write(f"step {self.last}" + "".join(f", {name} {row[name]:.4g}" for name in names))
+                csv.DictWriter(file, COLUMNS).writerow(row)
+        self.last = row["step"]
+        shown = [f"{name} {row[name]:.4g}" for name in COLUMNS[1:]
+                 if name in row and "_t" not in name]  # not the errors by time
+        say(f"step {self.last}, {', '.join(shown)}")
+
+
+class Meter:
+    """How fast training goes, since the last restart."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches):
+        """The next of `batches`; the time it takes counts as waiting for data."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def rates(self):
+        seconds = time.perf_counter() - self.start
+        return {"images_per_s": round(self.images / seconds, 2),
+                "data_wait": round(self.waited / seconds, 4)}
 
 
 @torch.inference_mode()
-def loss_by_time(denoiser, data, device, bf16, count=256, bins=10):
-    """(mean, [mean in each of 10 bins of t]) of |v - predicted velocity|² per number, on 256 images of a cache at
-    fixed times and noise: the same questions at every step of every run, whatever its target and loss. The mean weighs
-    each bin as training does, by the share of its times that fall there. The velocity is the sampler's, floored: in the
-    last bin (for eps, the first) part of the error is the floor's."""
+def error_by_time(denoiser, data, device, bf16, count=256):
+    """[mean, *means in 10 bins of t] of |v - predicted velocity|² per number, on `count`
+    images of a cache at fixed times and noise: the same questions at every step of every run. The
+    mean weighs each bin by the share of training's times that fall there. (The velocity is the
+    sampler's: part of the last bin's, for eps of the first's, is the error of the floor.)"""
     count = min(count, len(data))
-    rows = np.arange(count) * len(data) // count  # from all over the cache: its first images would be of one class
-    times = (torch.arange(count) * 0.6180339887) % 1  # the golden ratio spreads times evenly over any run of images
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((count, *data.shape), dtype=np.float32))
+    rows = np.arange(count) * len(data) // count  # from all over the cache, which is in class order
+    times = (torch.arange(count) * 0.6180339887) % 1  # the golden ratio spreads any run of them
+    rng = np.random.default_rng(0)
+    noise = torch.from_numpy(rng.standard_normal((count, *data.shape), dtype=np.float32))
     errors = []
     for part in torch.arange(count).split(64):
-        x, y = data.batch(rows[part.numpy()], False)
+        x, y = data.batch(rows[part.numpy()])
         x, e, t = x.to(device).float(), noise[part].to(device), times[part].to(device)
         z = t[:, None, None, None] * x + (1 - t[:, None, None, None]) * e
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             v = denoiser.velocity(z, t, y.to(device))
         errors.append((v - (x - e)).square().mean(dim=(1, 2, 3)).cpu())
-    errors, place = torch.cat(errors), (times * bins).long()
-    by_time = torch.stack([errors[place == k].mean() for k in range(bins)])
-    below = torch.special.ndtr((torch.linspace(0, 1, bins + 1).logit() - denoiser.P_mean) / denoiser.P_std)
+    errors, bin_of = torch.cat(errors), (times * 10).long()
+    by_time = torch.stack([errors[bin_of == k].mean() for k in range(10)])
+    edges = torch.linspace(0, 1, 11).logit()
+    below = torch.special.ndtr((edges - denoiser.P_mean) / denoiser.P_std)
     share = below.diff() * by_time.isfinite()  # in a small cache, some bins may be empty
-    return ((share * by_time.nan_to_num()).sum() / share.sum()).item(), by_time.tolist()
-
-
-def peak_memory(device):
-    """Peak memory in GB: of the GPU, or of this process where there is none (0 on Windows, which does not say)."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
-    if not importlib.util.find_spec("resource"):
-        return 0.0
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, else in units of 1,024
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
-
-
-def picture_grid(images, columns, captions=(), title=""):
-    """uint8 images (N, 3, H, W) as one Pillow image, row by row, with a caption over each column and a line on top."""
-    zoom = max(1, 96 // images.shape[-1])  # 32-pixel images are shown larger
-    tiles = images.permute(0, 2, 3, 1).cpu().numpy().repeat(zoom, 1).repeat(zoom, 2)
-    side, gap, head = tiles.shape[1], 4, 40
-    grid = Image.new("RGB", (columns * (side + gap) + gap, -(-len(tiles) // columns) * (side + gap) + head), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(13)
-    draw.text((gap, 3), title, "black", font)
-    for column, caption in enumerate(captions[:columns]):
-        draw.text((gap + column * (side + gap), 21), str(caption)[:side // 7], "dimgray", font)
-    for i, tile in enumerate(tiles):
-        grid.paste(Image.fromarray(tile), (gap + i % columns * (side + gap), head + i // columns * (side + gap)))
-    return grid
+    mean = (share * by_time.nan_to_num()).sum() / share.sum()
+    return [mean.item(), *by_time.tolist()]

@@ -1,9 +1,12 @@
-"""The plumbing that the programs share: user errors, ranks and device, signals, the folder's lock, atomic files."""
-import contextlib, errno, os, pathlib, signal, socket, sys, time
+"""How a program runs: errors of one line, torchrun's ranks, signals."""
+import functools
+import os
+import signal
+import sys
+import time
 
 import torch
 import torch.distributed as dist
-os.umask(UMASK := os.umask(0o077))  # reading it takes setting it
 
 
 class BadInput(ValueError):
@@ -14,58 +17,114 @@ class RunFailed(RuntimeError):
     """The run itself failed (not finite, disk full): one line, exit code 1."""
 
 
+def printable(text):
+    """One line that is safe to print: file names may hold any bytes."""
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
 def program(main):
-    """Decorates `main(argv=None)`: its errors become one line and an exit code (0 done, 1 failed, 2 bad input)."""
-    def run(argv=None):
+    """Decorates `main(argv=None)`: its errors become one line and an exit code. 0: done; 1: failed;
+    2: bad input; 128 + the signal's number: interrupted."""
+    @functools.wraps(main)
+    def run(*args, **options):
         try:
-            getattr(sys.stdout, "reconfigure", dict)(line_buffering=True, errors="backslashreplace")  # for odd names
-            code = main(argv) or 0
-        except (BadInput, RunFailed, OSError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError) as error:
-            code, line = {BadInput: 2, KeyboardInterrupt: 130}.get(type(error), 1), str(error) or type(error).__name__
-            line += " (lower --micro in train.py, --batch elsewhere)" * (code == 1 and "emory" in type(error).__name__)
-            time.sleep(3 if rank() else 0)  # rank 0 likely says it too, and torchrun then ends us before we do
-            print("error:", "".join(c if c.isprintable() else "?" for c in " ".join(line.split())), file=sys.stderr)
-        if dist.is_initialized():  # failed, or interrupted: NCCL's goodbye may wait for the others
-            os._exit(code) if code in (1, 2, 130) else dist.destroy_process_group()
+            code, line = main(*args, **options) or 0, ""
+        except BadInput as error:
+            code, line = 2, error
+        except KeyboardInterrupt:
+            code, line = 130, "interrupted"
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            code = 1
+            line = f"out of memory: lower --micro in train.py, --batch elsewhere ({error})"
+        except (RunFailed, OSError) as error:
+            code, line = 1, error
+        if line:
+            if rank():  # rank 0 mostly says the same, and torchrun then ends this one unheard
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(3)
+            print(f"error: {printable(line)}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            if code in (1, 2, 130):
+                os._exit(code)  # a proper goodbye would wait for the other ranks
+            dist.destroy_process_group()
         return code
     return run
 
 
-rank = lambda: int(os.environ.get("RANK", 0))
-world_size = lambda: int(os.environ.get("WORLD_SIZE", 1))
+# -------------------------------------------------------------------------------------------------
+# Ranks
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(*words):
+    """Print, on rank 0 alone."""
     if rank() == 0:
         print(*words, flush=True)
 
 
-def pick_device():
-    """This rank's own GPU, else Apple's MPS, else the CPU. `CUDA_VISIBLE_DEVICES=` (empty) asks for the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if local >= torch.cuda.device_count():
-        raise BadInput(f"rank {local} has no GPU of its own (of {torch.cuda.device_count()}): lower --nproc_per_node")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+def connect():
+    """Join torchrun's ranks. CPU tensors travel by gloo, which waits for no GPU."""
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
-def meet():
-    """Wait for all of torchrun's ranks (the first call joins them). CPU tensors travel by gloo and wait for no GPU."""
-    if world_size() > 1 and not dist.is_initialized():  # (Windows has no NCCL)
-        dist.init_process_group("gloo" if os.name == "nt" or not torch.cuda.is_available() else "cpu:gloo,cuda:nccl")
-    if world_size() > 1:
-        dist.all_reduce(torch.zeros(1))
+def barrier():
+    """Wait for all ranks. Where one has ended, the others end as well, and one of them says so."""
+    if dist.is_initialized():
+        try:
+            dist.all_reduce(torch.zeros(1))
+        except RuntimeError as error:
+            if rank():
+                os._exit(1)
+            raise RunFailed(f"another rank has ended ({error})") from None
 
+
+def mean_over_ranks(tensor):
+    """The mean of a CPU tensor, which is overwritten, over the ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor / world_size()
+
+
+def split_batch(batch: int, most: int) -> tuple[int, int, int]:
+    """(place of this rank's first image in the global batch, passes, images a pass): a pass takes
+    the largest divisor of the rank's share that is at most `most`. Raises BadInput where the ranks
+    do not divide the batch."""
+    share, rest = divmod(batch, world_size())
+    if rest:
+        raise BadInput(f"--batch {batch}: {world_size()} ranks do not divide it")
+    micro = max(size for size in range(1, min(share, most) + 1) if share % size == 0)
+    if 4 * micro < min(share, most):
+        better = share // most * most * world_size()
+        say(f"warning: only {micro} images at a time: --batch {better} divides better")
+    return rank() * share, share // micro, micro
+
+
+# -------------------------------------------------------------------------------------------------
+# Signals
 
 class StopSignal:
-    """Remembers the first SIGTERM, SIGINT or SIGUSR1 in `number`, for the loop to look at between two steps. Schedulers
-    and torchrun send several: more of them within 5 s are ignored, a later one ends the process at once."""
+    """Remembers the first signal that asks to stop, for the loop to look at between two steps.
+
+    Schedulers send SIGTERM or SIGUSR1, Ctrl-C SIGINT, a closed terminal SIGHUP (which stays ignored
+    under nohup). Torchrun may repeat a signal: repeats within 5 s change nothing, a later one ends
+    the process at once.
+    """
+
     def __init__(self):
-        self.number = 0
-        for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal)):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), self.handle)
+        self.number, self.since = 0, 0.0
+        self.sent, self.pending = None, None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.handle)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.handle)
 
     def handle(self, number, frame):
         if not self.number:
@@ -73,48 +132,15 @@ class StopSignal:
         elif time.monotonic() - self.since > 5:
             os._exit(128 + number)
 
-
-def lock_folder(folder):
-    """Take the operating system's lock on a folder and return the open file, to be kept: a killed process leaves no
-    lock behind, and children do not inherit it. Raises BadInput, naming host and pid, where another run holds it."""
-    try:
-        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        file = open(pathlib.Path(folder) / ".lock", "a+", errors="replace")
-    except OSError as error:
-        raise BadInput(f"--out {folder}: cannot be written to ({error.strerror}): choose another folder") from None
-    try:
-        if os.name == "nt":
-            import msvcrt
-            file.seek(1 << 20)  # beyond the text, which others must be able to read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            owner = pathlib.Path(file.name).read_text(errors="replace")[:200]
-            raise BadInput(f"{folder}: another run writes there ({owner}): choose another --out") from None
-        say(f"warning: {folder}: no locks on this file system ({error.strerror}): start no second run there")
-    file.truncate(0)
-    print(f"host {socket.gethostname()}, pid {os.getpid()}", end="", file=file, flush=True)
-    return file
-
-
-@contextlib.contextmanager
-def atomic(path, keep=None):
-    """Yield a temporary path beside `path`; once written, it goes safely to disk and takes the place of `path`, so that
-    a crash leaves the old file or the new one, never half of one. With `keep`, the old file is moved there first."""
-    temporary = (path := pathlib.Path(path)).with_name(f".tmp-{path.name[-60:]}")
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~UMASK)  # some libraries write files for their owner alone
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(temporary, path)
-        if os.name != "nt":  # the new name, too, is safe only once its folder is on disk
-            os.fsync(folder := os.open(path.parent, os.O_RDONLY))
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def agreed(self):
+        """The signal, or 0, that all ranks stop for at this same step. All call it once a step. The
+        answer is what they sent off one step ago: so nobody waits for it."""
+        if not dist.is_initialized():
+            return self.number
+        heard = 0
+        if self.pending:
+            self.pending.wait()
+            heard = int(self.sent)
+        self.sent = torch.tensor(self.number)
+        self.pending = dist.all_reduce(self.sent, dist.ReduceOp.MAX, async_op=True)
+        return heard

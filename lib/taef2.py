@@ -1,17 +1,17 @@
-"""TAEF2, a tiny codec that speaks FLUX.2's latents: the example of a codec of one's own (vae.py loads it).
+"""TAEF2, a tiny codec that speaks FLUX.2's latents: the example of a codec of one's own.
 
     image (B, 3, H, W) in [0, 1]  --encoder-->  (B, 32, H/8, W/8)  --decoder-->  image
 
-Plain 3x3 convolutions of width 64, distilled from FLUX.2's VAE and published as madebyollin/taef2 (MIT licence). Both
-halves are Sequentials whose indices are the key names in the files `taef2_encoder` and `taef2_decoder`. It was made for
-normalised latents, so nothing but the space-to-depth follows it.
+Plain 3x3 convolutions of width 64, distilled from FLUX.2's VAE and published as madebyollin/taef2
+(MIT licence). Both halves are Sequentials whose indices are the key names in the published files.
+It was made for normalised latents, so nothing but the space-to-depth follows it.
 """
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from lib.hub import find_file
+from lib.checkpoint import find_file
 
 WIDTH = 64
 
@@ -21,13 +21,16 @@ def conv(n_in, n_out, size=3, **options):
 
 
 class Block(nn.Module):
-    """ReLU(x + three convolutions of x). The blocks at the coarsest level first add a wide 1x1 detour ("pool")."""
+    """ReLU(x + three convolutions of x). At the coarsest level a wide 1x1 detour ("pool") is added
+    first."""
 
     def __init__(self, pool=False):
         super().__init__()
-        self.conv = nn.Sequential(conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH))
-        self.pool = nn.Sequential(conv(WIDTH, 4 * WIDTH, 1, bias=False), nn.GroupNorm(4, 4 * WIDTH), nn.ReLU(),
-                                  conv(4 * WIDTH, WIDTH, 1, bias=False)) if pool else None
+        self.conv = nn.Sequential(conv(WIDTH, WIDTH), nn.ReLU(), conv(WIDTH, WIDTH), nn.ReLU(),
+                                  conv(WIDTH, WIDTH))
+        self.pool = nn.Sequential(
+            conv(WIDTH, 4 * WIDTH, 1, bias=False), nn.GroupNorm(4, 4 * WIDTH), nn.ReLU(),
+            conv(4 * WIDTH, WIDTH, 1, bias=False)) if pool else None
 
     def forward(self, x):
         if self.pool is not None:
@@ -41,11 +44,13 @@ class Clamp(nn.Module):
 
 
 def down(pool=False):
-    return [conv(WIDTH, WIDTH, stride=2, bias=False), Block(pool), Block(pool), Block(pool)]
+    halve = conv(WIDTH, WIDTH, stride=2, bias=False)
+    return [halve, Block(pool), Block(pool), Block(pool)]
 
 
 def up(pool=False):
-    return [Block(pool), Block(pool), Block(pool), nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False)]
+    double = nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False)
+    return [Block(pool), Block(pool), Block(pool), *double]
 
 
 class Taef2(nn.Module):
@@ -54,23 +59,23 @@ class Taef2(nn.Module):
     def __init__(self, source=None):
         """source: a local folder or a Hugging Face id; None for random weights."""
         super().__init__()
-        self.encoder = nn.Sequential(conv(3, WIDTH), Block(), *down(), *down(), *down(pool=True), conv(WIDTH, 32))
-        self.decoder = nn.Sequential(Clamp(), conv(32, WIDTH), nn.ReLU(), *up(pool=True), *up(), *up(), Block(),
-                                     conv(WIDTH, 3))
-        if source:
-            self.encoder.load_state_dict(read_weights(source, "taef2_encoder"))
-            self.decoder.load_state_dict(read_weights(source, "taef2_decoder"))
+        self.encoder = nn.Sequential(
+            conv(3, WIDTH), Block(), *down(), *down(), *down(pool=True), conv(WIDTH, 32))
+        self.decoder = nn.Sequential(
+            Clamp(), conv(32, WIDTH), nn.ReLU(), *up(pool=True), *up(), *up(), Block(),
+            conv(WIDTH, 3))
+        for stem in ("encoder", "decoder") if source else ():
+            path = find_file(source, f"taef2_{stem}.safetensors", f"taef2_{stem}.pth")
+            if path.suffix == ".safetensors":
+                weights = load_file(path)
+            else:
+                weights = torch.load(path, "cpu", weights_only=True)
+            getattr(self, stem).load_state_dict(weights)
 
-    def encode(self, images):                                                   # (B, 3, H, W) in [-1, 1]
+    def encode(self, images):                                           # (B, 3, H, W) in [-1, 1]
         images = images.to(self.encoder[0].weight.dtype)
-        return F.pixel_unshuffle(self.encoder((images + 1) / 2), 2)             # 32 channels at 1/8 -> 128 at 1/16
+        return F.pixel_unshuffle(self.encoder((images + 1) / 2), 2)     # (B, 128, H/16, W/16)
 
     def decode(self, latents):
         latents = latents.to(self.encoder[0].weight.dtype)
         return self.decoder(F.pixel_shuffle(latents, 2)) * 2 - 1
-
-
-def read_weights(source, stem):
-    """The state dict `stem`.safetensors or `stem`.pth of a folder or a Hugging Face id; no pickled code is run."""
-    path = find_file(source, f"{stem}.safetensors", f"{stem}.pth")
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)

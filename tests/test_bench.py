@@ -1,0 +1,108 @@
+"""What in bench/ has a closed form, and the tables and logs that it reads."""
+import pathlib
+
+import pytest
+import torch
+
+from bench import curves, geometry, guidance, nine, spectrum
+from lib.log import error_columns, write_table
+from lib.run import BadInput
+from model import TARGETS, Denoiser, slope
+
+VARIANCES = torch.tensor([5.0, 1.0, 0.1, 0.0], dtype=torch.float64)
+
+
+def drawn(n, t):
+    """x of those variances, e of variance 1, and z: each (n, 4)."""
+    generator = torch.Generator().manual_seed(0)
+    x, e = torch.randn(2, n, 4, dtype=torch.float64, generator=generator)
+    x = x * VARIANCES.sqrt()
+    return x, e, t * x + (1 - t) * e
+
+
+@pytest.mark.parametrize("t", [0.1, 0.3, 0.8])
+def test_what_a_gaussian_asks_of_each_target_agrees_with_draws(t):
+    x, e, z = drawn(400_000, t)
+    for target, row in spectrum.asks(VARIANCES, t).items():
+        a, b = TARGETS[target]
+        values, power = a * x + b * e, (z * z).mean(0)
+        coefficient, told = (values * z).mean(0) / power, b * (e * z).mean(0) / power * z
+        found = {"variance": values.var(0), "coefficient": coefficient, "carried": told.var(0),
+                 "ambiguity": (values - coefficient * z).var(0),
+                 "noise": (b * e).var(0) / values.var(0).clamp(min=1e-9)}
+        for name, wanted in row.items():
+            torch.testing.assert_close(found[name], wanted, rtol=0.02, atol=5e-3)
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_a_squeezed_prediction_is_reduced_rank_regression(width):
+    """Of draws: regress on z, keep as many directions of the fitted values as may pass."""
+    (x, e, z), t = drawn(400_000, 0.3), 0.3
+    for target, found in spectrum.squeezed(VARIANCES, t, width).items():
+        a, b = TARGETS[target]
+        fitted = z @ torch.linalg.lstsq(z, a * x + b * e).solution
+        kept = torch.linalg.eigh(fitted.T @ fitted)[1][:, -width:]
+        error = (a * x + b * e - fitted @ kept @ kept.T) / slope(target, t)
+        assert found == pytest.approx(error.square().mean().item(), rel=0.01)
+
+
+class Data(list):
+    """600 latents of 4 x 4 independent tokens, in place of a cache."""
+    shape, tokens = (4, 4, 4), drawn(600 * 16, 0.0)[0]
+
+    def batch(self, rows):
+        latents = self.tokens.view(600, 4, 4, 4).permute(0, 3, 1, 2).float()
+        return latents[torch.as_tensor(rows)], torch.zeros(len(rows), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_geometry_finds_the_best_network_on_the_line(target):
+    covariance = spectrum.token_statistics(Data(range(600)), 1, 10_000)[1]
+    torch.testing.assert_close(covariance, Data.tokens.T.cov(correction=0))
+    row, every = spectrum.asks(VARIANCES, 0.3), torch.eye(4, dtype=torch.float64)
+
+    class Best(torch.nn.Linear):
+        patch_size = 1
+
+        def forward(self, z, t, y):
+            return row[target]["coefficient"].float()[:, None, None] * z
+    found = geometry.measure(Denoiser(Best(1, 1), target), Data(range(600)), every, 0.3, 600)
+    wanted = {"coefficient": row[target]["coefficient"], "own": row[target]["ambiguity"],
+              "v": row["v"]["ambiguity"]}
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=0.06, atol=1e-5)
+
+
+def write_log(run):
+    run.mkdir(exist_ok=True)
+    row = dict.fromkeys(["step", *error_columns("fit")], 2.0) | {"step": 8}
+    write_table(run / "log.csv", list(row), [{"step": 1}, row])
+
+
+def test_nine_combinations_make_a_table_and_curves_of_their_logs(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(nine.train, "main", lambda argv: asked.append(argv) or write_log(
+        pathlib.Path(argv[argv.index("--out") + 1])))
+    assert nine.main(["cache", "--out", str(tmp_path), "--steps", "8", "--val", "other"]) == 0
+    assert len(asked) == 11 and {tuple(argv[-2:]) for argv in asked} == {("--val", "other")}
+    assert [argv[1:6:2] for argv in asked[-2:]] == [["v", "v", "1"], ["x", "x", "1"]]
+    assert "| eps | x | 0 | 8 | 2 | 2 |" in capsys.readouterr().out
+    log = curves.read_log(tmp_path / "eps-xloss-seed0")
+    assert log == {8: (2.0, {(k + 0.5) / 10: 2.0 for k in range(10)})}
+    with pytest.raises(BadInput):
+        curves.read_log(tmp_path / "eps-xloss-seed0", "val")
+    monkeypatch.setattr(nine.train, "main", lambda argv: 143)
+    assert nine.main(["cache", "--out", str(tmp_path)]) == 143  # stopped: so is this
+
+
+def test_guidance_draws_a_line_for_each_interval(tmp_path):
+    usual, path = dict.fromkeys(guidance.fid.COLUMNS, "50") | {"target": "x"}, tmp_path / "fid.csv"
+    rows = [usual | dict(zip(("cfg", "interval", "fid"), cell)) for cell in (
+        ("1", "-", "9"), ("3", "0.1,1", "5"), ("2", "0.1,1", "4"), ("2", "0,1", "6"))]
+    write_table(path, list(usual), rows)
+    assert guidance.read_lines([path]) == ({
+        "interval 0.1,1": ("x", [(1.0, 9.0), (2.0, 4.0), (3.0, 5.0)]),
+        "interval 0,1": ("x", [(1.0, 9.0), (2.0, 6.0)])}, "50")
+    write_table(path, list(usual), [rows[0] | {"n": "60"}, *rows[1:]])
+    with pytest.raises(BadInput):
+        guidance.read_lines([path])
