@@ -72,7 +72,7 @@ def time_grid(steps: int, breaks=(), shift=1.0) -> list[list[float]]:
     their length in u, where t = u / (u + shift (1-u)), at least one each; times are even in u.
     shift 1 gives i/steps, less is denser towards the data."""
     def time(u):
-        return u if shift == 1 else u / (u + shift * (1 - u))
+        return u / (u + shift * (1 - u))  # u + (1 - u) is 1 exactly
 
     pieces, left, low, u_low = [], steps, 0.0, 0.0
     for high in (*sorted(breaks), 1.0):

@@ -53,6 +53,8 @@ def test_the_presets_are_the_papers_and_the_demos():
     assert (paper["ema"], paper["cfg"], paper["lr"]) == ([0.9999], 2.9, None)
     assert train.OBJECTIVE == dict(P_mean=-0.8, P_std=0.8, t_eps=0.05, label_drop=0.1)
     assert train.CLIP == 1.0 and (demo["steps"], demo["batch"], demo["lr"]) == (1800, 64, 2e-3)
+    assert (demo["model"], demo["patch"], demo["warmup_epochs"], demo["decay"]) == ("T", 8, 1, 0.3)
+    assert (demo["ema"], demo["cfg"], demo["save_every"]) == ([0.99], 1.5, 600)
 
 
 def test_the_demo_trains_on_drawn_digits_that_are_never_mirrored(tmp_path, monkeypatch):

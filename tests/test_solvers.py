@@ -85,7 +85,9 @@ def test_evaluations(cfg, sides):
 
 
 def test_the_grid_is_even_and_its_shift_is_the_formula():
-    assert time_grid(50) == [[i / 50 for i in range(51)]]
+    for steps in (1, 7, 50, 333, 1000):
+        assert time_grid(steps) == [[i / steps for i in range(steps + 1)]]
+    assert [len(piece) - 1 for piece in time_grid(20, (0.8, 0.1))] == [2, 14, 4]
     times = time_grid(10, shift=0.5)[0]
     for i, t in enumerate(times):
         u = i / 10
