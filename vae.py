@@ -224,7 +224,8 @@ def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=S
                 return 128 + stop.number
             tensors, unreadable = encoded
             cache.save_shard(paths[k], tensors, settings | {"shard": k, "unreadable": unreadable})
-    say(f"{out}: written by rank 0; next: python train.py --latents {out}")
+    done = "written" if world_size() == 1 else "rank 0 has written its part"
+    say(f"{out}: {done}; next: python train.py --latents {out}")
     return 0
 
 
@@ -245,9 +246,8 @@ def finished_shards(out, paths, settings, read):
 def encode_shard(items, pictures, vae, shape, flip, batch, bar, stop):
     """Encode the next of `pictures`, those of items [(path, label)]. Returns (tensors of the shard,
     paths that cannot be read), or None where a signal says stop."""
-    names = ("latents", "latents_flip") if flip else ("latents",)
+    labels, unreadable, names = [], [], ("latents", "latents_flip")[:1 + flip]
     tensors = {name: [torch.empty(0, *shape).half()] for name in names}
-    labels, unreadable = [], []
     for start in range(0, len(items), batch):
         if stop and stop.number:
             return None

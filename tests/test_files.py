@@ -268,8 +268,10 @@ def test_a_run_and_a_cache_of_an_older_version_continue(run, finished, cache):
     """It called warmup_epochs warmup and vae_path hint."""
     (run / "last.safetensors").unlink()
     tensors, settings = read_checkpoint(run / "previous.safetensors")
-    old = {"warmup": settings.pop("warmup_epochs"), "hint": settings.pop("vae_path")}
+    old = {"warmup": settings.pop("warmup_epochs"), "hint": "/a"}
+    del settings["vae_path"]
     save_checkpoint(run / "previous.safetensors", tensors, settings | old)
+    assert load_denoiser(run / "previous.safetensors").settings["vae_path"] == "/a"
     assert train.main(flags(finished[0], run)) == 0
     same_run(finished[1], run)
     for text, path in [('{"hint": "/a"}', "/a"), ('{"path": "/b"}', "/b"), ("[", None)]:
@@ -289,8 +291,7 @@ def test_a_damaged_last_is_set_aside_and_previous_continued(run, finished, capsy
     step4, half = previous.read_bytes(), last.read_bytes()[:last.stat().st_size // 2]
     last.write_bytes(half)
     assert train.main(flags(finished[0], run)) == 0
-    said = capsys.readouterr().out
-    assert "WARNING" in said and "at step 4" in said
+    assert "at step 4" in capsys.readouterr().out
     same_run(finished[1], run)
     assert (run / "last.damaged").read_bytes() == half  # not moved over the whole one
     assert previous.read_bytes() == step4
@@ -351,10 +352,8 @@ def pixels_of(folder):
 def test_folder_npz_and_grid_hold_the_same_pictures(draw, tmp_path):
     assert draw("folder")[0] == draw("all.NPZ")[0] == draw("grid.png")[0] == 0
     assert sorted(os.listdir(".")) == ["a.safetensors", "all.NPZ", "folder", "grid.png"]
-    with np.load("all.NPZ") as file:  # what the guided-diffusion evaluator asks of a file
-        assert file.files == ["arr_0"]
-        pixels = file["arr_0"]
-    assert pixels.dtype == np.uint8 and pixels.shape == (7, 8, 8, 3)
+    ((name, pixels),) = np.load("all.NPZ").items()  # as the guided-diffusion evaluator wants it
+    assert name == "arr_0" and pixels.dtype == np.uint8 and pixels.shape == (7, 8, 8, 3)
     assert np.array_equal(pixels_of(tmp_path / "folder"), pixels)
     grid = np.asarray(Image.open("grid.png")).astype(int)
     assert grid.shape == (40 + 2 * 100, 4 + 5 * 100, 3)

@@ -1,5 +1,4 @@
-"""Signals, locks, saving, compiling, several ranks. Torchrun starts this very file as its program:
-what two ranks have to do is done by one pair of them."""
+"""Signals, locks, saving, compiling; and two ranks, whose program this file is itself."""
 import contextlib
 import gc
 import json
@@ -50,6 +49,7 @@ def test_a_signal_saves_last_then_ema_and_the_run_continues(
     """Sent twice, as schedulers do, and SIGTERM after it, as torchrun does."""
     number, saved, save = getattr(signal, name), [], train.save_checkpoint
     noise, seen = interrupting((number, number, signal.SIGTERM), 2)
+    signal.signal(number, lambda *_: None)  # so that one that is not caught ends no test
     monkeypatch.setattr(train, "step_noise", noise)
     monkeypatch.setattr(train, "save_checkpoint", lambda path, *rest: saved.append(path.stem) or
                         save(path, *rest))
