@@ -30,9 +30,9 @@ from lib.images import picture_files
 from lib.inception import CLASSES, FEATURES, load_inception
 from lib.log import append_score, read_scores
 from lib.npz import Reference, image_rows, open_samples, read_statistics, write_statistics
-from lib.run import BadInput, connect, program, rank, say, world_size
+from lib.run import BadInput, connect, program, rank, rank_batches, say, world_size
 from model import TARGETS
-from sample import METHODS, Sampling, evaluations, generate, pick_classes, rank_batches, with_floor
+from sample import METHODS, Sampling, evaluations, generate, pick_classes, with_floor
 from vae import open_vae, read_picture
 
 # -------------------------------------------------------------------------------------------------
@@ -115,8 +115,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, root2=None) -> float:
     mu1, mu2 = (torch.as_tensor(mu, dtype=torch.float64) for mu in (mu1, mu2))
     sigma1, sigma2 = (torch.as_tensor(s, dtype=torch.float64) for s in (sigma1, sigma2))
     root2 = covariance_root(sigma2) if root2 is None else root2         # (d, rank)
-    # With sigma2 = R Rᵀ, sigma1 sigma2 has the eigenvalues of Rᵀ sigma1 R, but for zeros. That one
-    # is symmetric: no general matrix root is needed, and singular covariances need no care.
+    # With sigma2 = R Rᵀ, sigma1 sigma2 has the eigenvalues of Rᵀ sigma1 R, but for zeros. That is
+    # symmetric: no general matrix root is needed, and singular covariances need no care.
     product = root2.T @ sigma1 @ root2                                  # (rank, rank)
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
@@ -302,7 +302,7 @@ def score_checkpoint(args, inception, reference, device):
                  for weights in args.weights}
     for weights, denoiser in denoisers.items():
         settings, net = denoiser.settings, denoiser.net
-        denoiser = with_floor(denoiser, args.t_eps)
+        denoiser = with_floor(denoiser, args.t_eps, args.contrast)
         warn_if_young(settings, weights)
         vae = open_vae(settings, net.in_channels, args.vae, device)
         side = net.input_size * vae.stride
@@ -316,7 +316,7 @@ def score_checkpoint(args, inception, reference, device):
                                   args.interval or [tuple(settings["interval"])])
         for cfg, times in cells:
             sampling = Sampling(cfg, times, args.steps, args.method, denoiser.t_eps,
-                                args.precision, args.seed, args.shift)
+                                args.precision, args.seed, args.shift, args.contrast)
             facts = classes, weights, settings.get("step")
             wanted = describe(denoiser, vae, reference, n, sampling, *facts)
             row = next((row for row in known if wanted.items() <= row.items()), None)

@@ -146,10 +146,8 @@ class Block(nn.Module):
 
 class PatchEmbed(nn.Module):
     """Patches to tokens: a convolution without bias into a bottleneck, then 1×1 up to the width.
-
     The bottleneck drops what a patch can spare (at p = 1, FLUX.2's 128 channels pass whole); 0 is
-    none, as in the release. A patch is read in the order channel, row, column.
-    """
+    none, as in the release. A patch is read in the order channel, row, column."""
 
     def __init__(self, patch_size, in_channels, dim, bottleneck):
         super().__init__()
@@ -163,7 +161,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, z):                                               # (B, C, H, W)
         x = self.proj2(self.proj1(z)) if self.bottleneck else self.proj(z)  # (B, dim, H/p, W/p)
-        return x.flatten(2).transpose(1, 2)                             # (B, N, dim)
+        # Contiguous: or all that comes after would lie channel by channel, and a step take longer.
+        return x.flatten(2).transpose(1, 2).contiguous()                # (B, N, dim)
 
 
 class TimeEmbed(nn.Module):
@@ -183,6 +182,7 @@ class TimeEmbed(nn.Module):
 
 class LabelEmbed(nn.Module):
     """A learned vector per class, and a last one, number num_classes, for "no class"."""
+
     def __init__(self, num_classes, dim):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
@@ -206,11 +206,9 @@ class FinalLayer(nn.Module):
 
 
 class JLT(nn.Module):
-    """The latent diffusion Transformer: (z, t, y) to a prediction of z's shape.
-
-    input_size: height and width of a latent. bottleneck: channels between patch and width, 0 for
-    none. The parts' names (`x_embedder`, although it embeds z) are those of the published weights.
-    """
+    """The latent diffusion Transformer: (z, t, y) to a prediction of z's shape. input_size: height
+    and width of a latent. bottleneck: channels between patch and width, 0 for none. The parts'
+    names (`x_embedder`, although it embeds z) are those of the published weights."""
 
     def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads,
                  mlp_ratio=4.0, num_classes=1000, bottleneck=128):
@@ -293,8 +291,8 @@ class Denoiser(nn.Module):
         paper "v" whatever the target. Both are names of TARGETS.
     P_mean, P_std: t = sigmoid(n), n ~ N(P_mean, P_std²): training dwells on t around 0.3.
     t_eps: floor of the slope's size, by which predictions are divided: of 1-t for x, of t for eps.
-        Training hardly draws such times. In sampling it shortens the last steps of an x network
-        (a little noise stays) and the first of an eps network.
+        Training hardly draws such times. Sampling, it shortens an x network's last steps (a little
+        noise stays) and an eps network's first.
     label_drop: share of training images whose label is hidden, for guidance. train.py picks them.
     """
 
@@ -306,16 +304,15 @@ class Denoiser(nn.Module):
         self.net, self.target, self.loss_space = net, target, loss
         self.P_mean, self.P_std = P_mean, P_std
         self.t_eps, self.label_drop = t_eps, label_drop
+        self.mean_latent = None  # (C, H, W), of the data, where known: for sample.py --contrast
 
     def times(self, normals):
         """Logit-normal times from standard normals (which train.py draws)."""
         return torch.sigmoid(self.P_mean + self.P_std * normals)
 
     def loss_weight(self, t):
-        """w(t), by which |target - prediction|² becomes the squared error in the loss's space.
-
-        Divided by the target's slope, an error of the prediction becomes one of v; times the
-        loss's slope, one of that space.
+        """w(t), by which |target - prediction|² becomes the squared error in the loss's space. (An
+        error of the prediction, over the target's slope, is one of v; times the loss's, of that.)
         """
         if self.target == self.loss_space:  # without the floor, which would make it less than 1
             return torch.ones_like(t)
@@ -329,7 +326,10 @@ class Denoiser(nn.Module):
             y = torch.where(drop, self.net.num_classes, y)
         t4 = t[:, None, None, None]                                     # (B, 1, 1, 1)
         z = t4 * x + (1 - t4) * e                                       # (B, C, H, W)
-        pred = self.net(z, t, y).float()                                # (B, C, H, W)
+        return self.loss(self.net(z, t, y).float(), x, t, e)
+
+    def loss(self, pred, x, t, e):
+        """The loss of a prediction (B, C, H, W)."""
         a, b = TARGETS[self.target]
         error = (pred - (a * x + b * e)).square().mean(dim=(1, 2, 3))   # (B,)
         return (self.loss_weight(t) * error).mean()

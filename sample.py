@@ -29,7 +29,7 @@ from lib.files import atomic, flush_folder
 from lib.flags import Parser, interval, number, sampling_flags
 from lib.images import picture_grid
 from lib.npz import write_npz
-from lib.run import BadInput, barrier, connect, program, rank, say, world_size
+from lib.run import BadInput, barrier, connect, image_batches, program, rank, rank_batches, say
 from model import TARGETS, Denoiser, slope
 from vae import Codec, open_vae, to_uint8
 
@@ -48,6 +48,7 @@ class Sampling:
     precision: str = "auto"                     # of the network: fp32, bf16; auto: bf16 on CUDA
     seed: int = 0
     shift: float = 1.0                          # of the grid of times: 1 is even (time_grid)
+    contrast: float = 0.0                       # velocities drawn towards the mean latent
 
     def breaks(self):
         """Times at which the solver starts anew: where guidance sets in or ends. (The paper's Heun
@@ -56,7 +57,10 @@ class Sampling:
         return tuple(t for t in self.interval if guided and 0 < t < 1)
 
     def solver(self):
-        return self.method if self.shift == 1 else f"{self.method} shift {self.shift:g}"
+        """The method, and what else bends its way where it is not the paper's."""
+        other = {"shift": (self.shift, 1), "contrast": (self.contrast, 0)}
+        changed = (f" {name} {value:g}" for name, (value, usual) in other.items() if value != usual)
+        return self.method + "".join(changed)
 
     def __str__(self):
         low, high = self.interval
@@ -118,22 +122,28 @@ def ode_sample(velocity: Callable, z, steps: int, method="heun", breaks=(), shif
     return z
 
 
-def guided_velocity(denoiser: Denoiser, y, cfg=1.0, interval=(0.1, 1.0)) -> Callable:
+def guided_velocity(denoiser: Denoiser, y, cfg=Sampling.cfg, interval=Sampling.interval,
+                    contrast=Sampling.contrast) -> Callable:
     """velocity(z, t) for labels y (B,), with classifier-free guidance v_u + cfg (v_c - v_u) where t
     lies in the interval (arXiv 2207.12598; the interval: arXiv 2404.07724).
 
     There, one pass of a doubled batch gives the conditional and the unconditional velocity.
     Elsewhere, and at cfg 1, one plain conditional pass is enough. Each evaluation is judged by its
-    own t; the ends are excluded, but for t = 0.
+    own t; the ends are excluded, but for t = 0. contrast C, before guidance: every velocity becomes
+    (1-C) v + C m, m the mean latent of the data (what for: ablations/contrastive.py).
     """
     low, high = interval
     no_class = torch.full_like(y, denoiser.net.num_classes)             # (B,)
 
+    def contrasted(z, t, y):
+        v = denoiser.velocity(z, t, y)
+        return (1 - contrast) * v + contrast * denoiser.mean_latent if contrast else v
+
     def velocity(z, t):
         guided = low < t < high or t == low == 0
         if cfg == 1 or not guided:
-            return denoiser.velocity(z, t, y)
-        both = denoiser.velocity(torch.cat([z, z]), t, torch.cat([y, no_class]))
+            return contrasted(z, t, y)
+        both = contrasted(torch.cat([z, z]), t, torch.cat([y, no_class]))
         v_c, v_u = both.chunk(2)                                        # each (B, C, H, W)
         return v_u + cfg * (v_c - v_u)
     return velocity
@@ -156,19 +166,13 @@ def balanced_labels(classes, indices) -> torch.Tensor:
     return torch.tensor([classes[int(i) % len(classes)] for i in indices])
 
 
-def image_batches(n, batch):
-    """The images 0 ... n-1 as ranges of at most `batch`."""
-    return [range(first, min(first + batch, n)) for first in range(0, n, batch)]
-
-
-def rank_batches(n, batch):
-    """This rank's share of image_batches: the ranks take turns."""
-    return image_batches(n, batch)[rank()::world_size()]
-
-
-def with_floor(denoiser: Denoiser, t_eps: float | None) -> Denoiser:
-    """The denoiser with another floor of the slope; None keeps its own. Raises BadInput."""
+def with_floor(denoiser: Denoiser, t_eps: float | None, contrast=0.0) -> Denoiser:
+    """The denoiser with another floor of the slope; None keeps its own. Raises BadInput where it
+    cannot be drawn from so."""
     denoiser = copy.copy(denoiser)  # the network is shared
+    if contrast and denoiser.mean_latent is None:
+        raise BadInput(f"--contrast {contrast:g}: the file does not hold the mean latent of its "
+                       "data, as those of a newer train.py do")
     denoiser.t_eps = denoiser.t_eps if t_eps is None else t_eps
     if denoiser.t_eps == 0 and slope(denoiser.target, 0.0) == 0:
         raise BadInput(f"--t-eps 0 divides by zero at t = 0 for target {denoiser.target}: try "
@@ -181,12 +185,12 @@ def generate(denoiser: Denoiser, vae: Codec, indices, classes, sampling=Sampling
     """Draw the images with these indices: uint8 (B, 3, H, W) on the denoiser's device. classes: ids
     that take turns (balanced_labels). z and the velocity are fp32 whatever the network computes in.
     """
-    denoiser, net = with_floor(denoiser, sampling.t_eps), denoiser.net
+    denoiser, net = with_floor(denoiser, sampling.t_eps, sampling.contrast), denoiser.net
     device = next(net.parameters()).device
     shape = net.in_channels, net.input_size, net.input_size
     z = image_noise(sampling.seed, indices, shape).to(device)           # (B, C, H, W)
     y = balanced_labels(classes, indices).to(device)                    # (B,)
-    velocity = guided_velocity(denoiser, y, sampling.cfg, sampling.interval)
+    velocity = guided_velocity(denoiser, y, sampling.cfg, sampling.interval, sampling.contrast)
     bf16 = use_bf16(sampling.precision, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         z = ode_sample(velocity, z, sampling.steps, sampling.method, sampling.breaks(),
@@ -306,14 +310,14 @@ def main(argv=None):
     device = pick_device()
     denoiser = load_denoiser(path, args.weights, device, args.target, args.input_size)
     net, settings = denoiser.net, denoiser.settings
-    denoiser = with_floor(denoiser, args.t_eps)
+    denoiser = with_floor(denoiser, args.t_eps, args.contrast)
     warn_if_young(settings, args.weights)
     vae = open_vae(settings, net.in_channels, args.vae, device)
     sampling = Sampling(
         cfg=settings["cfg"] if args.cfg is None else args.cfg,
         interval=tuple(args.interval or settings["interval"]),
         steps=args.steps, method=args.method, t_eps=denoiser.t_eps, precision=args.precision,
-        seed=args.seed, shift=args.shift)
+        seed=args.seed, shift=args.shift, contrast=args.contrast)
     names = settings.get("class_names")
     classes = pick_classes(args.classes, names, net.num_classes)
     is_grid = args.out.suffix.lower() == ".png"

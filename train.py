@@ -7,8 +7,8 @@
 Three rules shape this file. (1) What a run trains on follows from its settings and seed alone: each
 image, its time, noise, mirroring and hidden label are functions of (seed, step, place in the global
 batch), whatever the number of GPUs, the micro-batch or the interruptions. (2) Everything that a run
-will need is opened before step 0. (3) The hot loop never waits for the GPU. Only logging and saving
-do.
+will need is opened before step 0. (3) The hot loop never waits for the GPU; logging and saving do.
+One seam, the argument `ablation` of main, lets another training technique in (ablations/).
 """
 import copy
 import functools
@@ -22,18 +22,19 @@ import torch
 
 import fid
 import vae as codec
+from lib.cache import check_latents, mean_latent
 from lib.checkpoint import export_tensors, is_young, load_init, resume, run_tensors
 from lib.checkpoint import save_checkpoint
 from lib.device import compile_net, compiled_graphs, data_parallel, peak_memory, pick_device
 from lib.device import uncompiled, use_bf16
-from lib.files import check_disk, lock_folder, prefetched
+from lib.files import lock_folder, prefetched
 from lib.flags import training_args
 from lib.images import draw_digits
-from lib.log import Log, Meter, error_by_time, error_columns
+from lib.log import Log, Meter, errors_by_time
 from lib.run import BadInput, RunFailed, StopSignal, barrier, connect, program, rank, say
 from lib.run import mean_over_ranks, split_batch
 from model import JLT, SIZES, TARGETS, Denoiser
-from sample import Sampling, draw_grid, pick_classes
+from sample import Sampling, draw_grid
 
 # The defaults, and those of --demo; a flag that is given wins.
 PRESETS = {
@@ -72,8 +73,8 @@ def stream(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
 
 
 def draws(seed, step, batch):
-    """(normals for times, uniforms for hiding labels, uniforms for mirroring), each (batch,), of a
-    step's global batch."""
+    """Of a step's global batch, each (batch,): normals for times, uniforms for hiding labels and
+    for mirroring."""
     rng = np.random.default_rng([seed, 1, step])
     return rng.standard_normal(batch, dtype=np.float32), rng.random(batch), rng.random(batch)
 
@@ -88,18 +89,18 @@ def step_noise(seed, step, first, count, shape, device) -> torch.Tensor:
     return torch.cat(blocks).narrow(0, first % NOISE_BLOCK, count)
 
 
-def read_micro(data, seed, step, batch, places, label_drop):
+def read_micro(data, seed, step, batch, places):
     """The micro-batch at these places (int64) of a step's global batch: latents in their stored
     type, labels, normals (fp32) for the times, which labels to hide (bool)."""
     normals, hide, flip = (values[places] for values in draws(seed, step, batch))
     x, y = data.batch(stream(seed, step * batch + places, len(data)), flip < 0.5)
-    parts = x, y, torch.from_numpy(normals), torch.from_numpy(hide < label_drop)
+    parts = x, y, torch.from_numpy(normals), torch.from_numpy(hide < OBJECTIVE["label_drop"])
     # Pinned memory is copied to a GPU without anybody waiting.
     return [part.pin_memory() for part in parts] if torch.cuda.is_available() else parts
 
 
 # -------------------------------------------------------------------------------------------------
-# Parts of the recipe
+# A run: opened before step 0, stepped, looked at once in a while (in the order of its methods)
 
 def learning_rate(step, steps, base, warmup_steps, decay) -> float:
     """Linear warm-up, then constant, then a linear fall to 0 over a share `decay` of the run."""
@@ -114,32 +115,29 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-# -------------------------------------------------------------------------------------------------
-# A run: opened before step 0, stepped, and looked at once in a while
-
 class Run:
-    def __init__(self, args):
-        self.args, self.step, self.device = args, 0, pick_device()
+    def __init__(self, args, ablation=None):
+        self.args, self.ablation, self.step, self.device = args, ablation, 0, pick_device()
         self.bf16 = use_bf16(args.precision, self.device)
         self.compile = self.device.type == "cuda" if args.compile is None else args.compile
         most = args.micro or (256 if self.device.type == "cuda" else 64)
         self.first, self.accumulation, self.micro = split_batch(args.batch, most)
         # What makes it this run, and has to be the same when it continues.
         names = "model patch target loss steps batch lr warmup_epochs decay ema seed".split()
-        self.settings = {name: getattr(args, name) for name in names} | OBJECTIVE
-        self.settings["precision"] = "bf16" if self.bf16 else "fp32"
+        self.settings = {name: getattr(args, name) for name in names} | OBJECTIVE | {
+            "precision": "bf16" if self.bf16 else "fp32",
+            "ablation": ablation and ablation.constants(args)}
         recipe = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        say(f"{args.out}: {recipe}; AdamW (0.9, 0.95), weight decay 0, clip {CLIP}; each rank "
-            f"({self.device.type}) takes {self.accumulation} x {self.micro} images a step, "
-            f"{'with' if self.compile else 'without'} torch.compile")
+        say(f"{args.out}: {recipe}, clip {CLIP}; each rank ({self.device.type}) takes "
+            f"{self.accumulation} x {self.micro} images a step, torch.compile {self.compile}")
 
     def open_data(self):
         args = self.args
         self.data = codec.LatentDataset(args.latents)
-        self.data.check()
+        check_latents(self.data)
+        self.mean_latent = mean_latent(self.data)
         self.val = codec.LatentDataset(args.val) if args.val else None  # never trained on
-        wrong = self.data.differs(self.val) if self.val else []
-        if wrong:
+        if self.val and (wrong := self.data.differs(self.val)):
             raise BadInput(f"--val {args.val}: another {', '.join(wrong)} than {args.latents}")
         channels, grid, width = self.data.shape  # of a latent
         if grid != width or grid % args.patch:
@@ -154,26 +152,29 @@ class Run:
         if args.init:
             net = load_init(args.init, net, args.target, data.class_names)
         self.net = net.to(self.device)
-        self.denoiser = Denoiser(self.net, args.target, args.loss, **OBJECTIVE)
-        self.emas = [copy.deepcopy(self.denoiser).eval().requires_grad_(False) for _ in args.ema]
-        self.nets = [self.net, *(ema.net for ema in self.emas)]  # what a checkpoint holds
+        meaning = args.target, args.loss
+        self.denoiser = (self.ablation or Denoiser)(self.net, *meaning, **OBJECTIVE)
+        emas = [Denoiser(copy.deepcopy(self.net), *meaning, **OBJECTIVE) for _ in args.ema]
+        self.emas = [ema.eval().requires_grad_(False) for ema in emas]
+        self.nets = [self.net, *(ema.net for ema in emas)]
+        if self.ablation:
+            self.denoiser.prepare(self)
+        self.beside = {name: p for name, p in self.denoiser.named_parameters()
+                       if not name.startswith("net.")}  # what an ablation trains as well
         self.optimizer = torch.optim.AdamW(
-            net.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+            self.denoiser.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.warmup_steps = round(args.warmup_epochs * len(data) / args.batch)
         self.skipped, self.in_a_row = torch.zeros(2, device=self.device)  # counts of steps
-        self.size = sum(p.numel() for p in net.parameters())
+        size = sum(p.numel() for p in self.denoiser.parameters()) / 1e6
         say(f"{args.latents}: {len(data):,} images of {data.num_classes} classes, latents "
-            f"{channels}x{grid}x{grid}; {self.size / 1e6:.1f} M parameters, warm-up "
-            f"{self.warmup_steps} steps")
+            f"{channels}x{grid}x{grid}; {size:.1f} M parameters, warm-up {self.warmup_steps} steps")
 
     def resume(self):
         """Take the run's folder, and go on from its newest checkpoint where there is one."""
-        out, copies = self.args.out, len(self.nets)
-        self.lock = lock_folder(out)  # held as long as this process lives
-        self.step, skipped = resume(out, self.settings, self.nets, self.optimizer)
+        self.lock = lock_folder(self.args.out)  # held as long as this process lives
+        self.step, skipped = resume(
+            self.args.out, self.settings, self.nets, self.optimizer, self.beside)
         self.skipped += skipped
-        if self.step == 0:  # three whole checkpoints (last, previous, the next) and an export
-            check_disk(out, 4 * self.size * (3 * (copies + 2) + copies - 1))
 
     def open_judges(self):
         """What pictures and scores need: the codec, reference statistics, Inception."""
@@ -200,9 +201,11 @@ class Run:
         self.log, self.meter = Log(args.out / "log.csv", self.step), Meter()
 
     def read(self, job):
+        """A micro-batch, and what an ablation needs of it besides, {name: tensor}."""
         args, (step, k) = self.args, job
         places = self.first + k * self.micro + np.arange(self.micro)
-        return read_micro(self.data, args.seed, step, args.batch, places, self.denoiser.label_drop)
+        more = self.denoiser.more(step, places) if self.ablation else {}
+        return read_micro(self.data, args.seed, step, args.batch, places), more
 
     def train_step(self):
         """One step of the optimizer. Returns (this rank's loss, the gradient's norm, the learning
@@ -210,6 +213,8 @@ class Run:
         args = self.args
         lr = learning_rate(self.step, args.steps, args.lr, self.warmup_steps, args.decay)
         self.optimizer.param_groups[0]["lr"] = lr
+        if self.ablation and self.denoiser.freezes(self.step):  # DDP has to learn of it
+            self.model = data_parallel(self.denoiser, self.device)
         loss = torch.zeros((), device=self.device)  # of the rank's share of the batch
         for k in range(self.accumulation):
             # DDP averages gradients over the ranks once a step, with the last micro-batch.
@@ -218,10 +223,10 @@ class Run:
             micro_loss.backward()
             loss += micro_loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
-        # Where the gradient is not finite, all ranks, which share it, skip the step. The fused
-        # optimizer takes that verdict as a tensor, so that nobody waits for the GPU to know it.
-        bad = (~torch.isfinite(norm)).float()
-        self.optimizer.found_inf = bad
+        beside = torch.nn.utils.clip_grad_norm_(self.beside.values(), CLIP)  # mostly of nothing: 0
+        # Where it is not finite, all ranks skip the step. The fused optimizer takes that as a
+        # tensor: nobody waits for the GPU.
+        self.optimizer.found_inf = bad = (~torch.isfinite(norm + beside)).float()
         if self.device.type != "mps" or not bad:  # there, to be safe, it is waited for
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -234,18 +239,19 @@ class Run:
         return loss, norm, lr
 
     def micro_loss(self, k):
-        parts = self.meter.waiting(self.batches)
+        parts, more = self.meter.waiting(self.batches)
         x, y, normals, drop = (part.to(self.device, non_blocking=True) for part in parts)
+        more = {name: part.to(self.device, non_blocking=True) for name, part in more.items()}
         t = self.denoiser.times(normals)                                # (micro,)
         first = self.first + k * self.micro
         e = step_noise(self.args.seed, self.step, first, self.micro, self.data.shape, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model(x.float(), y, t, e, drop)
+            return self.model(x.float(), y, t, e, drop, **more)
 
     def log_line(self, loss, norm, lr):
-        loss = mean_over_ranks(loss.cpu())  # .cpu() and .item() wait for the GPU
+        loss = mean_over_ranks(loss.cpu()).item()  # .cpu() and .item() wait for the GPU
         self.log.append(dict(
-            step=self.step, loss=loss.item(), lr=lr, grad_norm=norm.item(), **self.meter.rates(),
+            step=self.step, loss=loss, lr=lr, grad_norm=norm.item(), **self.meter.rates(),
             memory_gb=peak_memory(self.device), graphs=compiled_graphs(),
             skipped=int(self.skipped)))
         if self.in_a_row >= PATIENCE:
@@ -257,46 +263,41 @@ class Run:
         if rank() == 0:
             now = self.settings | self.drawing | dict(step=self.step, skipped=int(self.skipped))
             path = self.args.out / f"{name}.safetensors"
+            tensors["data.mean_latent"] = self.mean_latent
             save_checkpoint(path, tensors, now, keep and path.with_stem(keep))
 
     def look(self):
         """The error by time, and a grid of pictures, two a class."""
-        row, args = {}, self.args
-        for name, cache in {"fit": self.data, "val": self.val}.items():
-            if cache:
-                errors = error_by_time(self.denoiser, cache, self.device, self.bf16)
-                row |= dict(zip(error_columns(name), errors))
+        args, caches = self.args, {"fit": self.data, "val": self.val}
+        row = errors_by_time(self.denoiser, caches, self.device, self.bf16)
         if self.vae:  # by the average, once it is old enough
-            young = is_young(self.step, args.ema[0])
-            names, sampling = self.data.class_names, Sampling(args.cfg, precision=args.precision)
-            classes = pick_classes(None, names, self.data.num_classes)[:8]
-            grid = draw_grid(self.denoiser if young else self.emas[0], self.vae, 2 * len(classes),
-                             classes, names, sampling, f"step {self.step}{', no EMA' * young}")
+            young, names = is_young(self.step, args.ema[0]), self.data.class_names
+            classes = list(range(self.data.num_classes))[:8]
+            grid = draw_grid(
+                self.denoiser if young else self.emas[0], self.vae, 2 * len(classes), classes,
+                names, Sampling(args.cfg, precision=args.precision),
+                f"step {self.step}{', no EMA' * young}")
             (args.out / "samples").mkdir(exist_ok=True)
             grid.save(args.out / "samples" / f"step{self.step:07d}.png")
         return row
 
     def score(self):
         """FID of the first average's samples, by all ranks."""
-        args = self.args
-        sampling = Sampling(cfg=args.cfg, precision=args.precision, seed=args.seed)
-        row = fid.evaluate(self.emas[0], self.vae, self.inception, self.reference, args.eval_n,
-                           sampling)
-        scores = {name: float(row[name]) for name in ("fid", "inception_score")
-                  if row[name] != "n/a"}
-        return {"fid_n": args.eval_n} | scores
+        args, names = self.args, ("fid", "inception_score")
+        row = fid.evaluate(
+            self.emas[0], self.vae, self.inception, self.reference, args.eval_n,
+            Sampling(cfg=args.cfg, precision=args.precision, seed=args.seed))
+        return {"fid_n": args.eval_n} | {n: float(row[n]) for n in names if row[n] != "n/a"}
 
 
 # -------------------------------------------------------------------------------------------------
 # The program
 
 @program
-def main(argv=None):
-    args = training_args(argv, PRESETS, TARGETS, SIZES)
-    if args.lr is None:
-        args.lr = 5e-5 * args.batch / 256
+def main(argv=None, ablation=None):
+    args = training_args(argv, PRESETS, TARGETS, SIZES, ablation)
     connect()
-    stop, stopping, run = StopSignal(), 0, Run(args)
+    stop, stopping, run = StopSignal(), 0, Run(args, ablation)
     if args.latents == pathlib.Path(PRESETS["demo"]["latents"]):  # made by the ordinary road
         pictures = draw_digits(args.latents.with_name("demo-digits"), per_class=500)
         pixels = codec.load_vae("pixels")
@@ -322,10 +323,9 @@ def main(argv=None):
         stopping, row = stop.agreed(), {}
         if due(args.log_every):
             run.log_line(loss, norm, lr)
-        # First what the run continues from: torchrun gives 30 s after a signal, and what follows
-        # takes longer.
+        # First what the run continues from: torchrun kills its ranks 30 s after a signal.
         if due(args.save_every) or stopping:
-            run.save("last", run_tensors(run.nets, run.optimizer), keep="previous")
+            run.save("last", run_tensors(run.nets, run.optimizer, run.beside), keep="previous")
             run.save("ema", export_tensors(run.nets))
         if due(args.keep_every):
             run.save(f"ema-step{run.step:07d}", export_tensors(run.nets))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from lib import cache
 from lib.checkpoint import FLUX2, find_file
-from lib.device import pick_device
+from lib.device import cores, pick_device
 from lib.files import check_disk, lock_folder, prefetched
 from lib.flags import Parser, number
 from lib.images import list_images, read_picture
@@ -36,6 +36,7 @@ from lib.run import BadInput, StopSignal, connect, printable, program, rank, say
 from lib.taef2 import Taef2
 
 TAEF2 = "madebyollin/taef2"
+KINDS = {"AutoencoderKLFlux2": "flux2", "AutoencoderKL": "kl"}  # of diffusers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in fp16 FLUX.2's VAE overflows
 CHUNK = 16    # images that a codec takes at once: this bounds its memory
 SHARD = 1024  # listed images per file of the cache
@@ -46,7 +47,7 @@ SHARD = 1024  # listed images per file of the cache
 
 class Pixels(torch.nn.Module):
     """No codec: the latent is the image, and the same programs train a model of pixels."""
-    channels, stride = 3, 1
+    kind, channels, stride = "pixels", 3, 1
 
     def encode(self, images):
         return images
@@ -54,54 +55,66 @@ class Pixels(torch.nn.Module):
     decode = encode  # both are the identity
 
 
-class Flux2(torch.nn.Module):
-    """FLUX.2's VAE, from a folder or a Hugging Face id. diffusers' class is the network alone:
-    space-to-depth and normalisation are in its pipeline, and here."""
+class AutoEncoder(torch.nn.Module):
+    """A VAE of diffusers, from a folder or a Hugging Face id: FLUX.2's, or any AutoencoderKL (that
+    of Stable Diffusion, FLUX.1, REPA-E). diffusers' classes are the networks alone: what FLUX.2's
+    pipeline adds, space-to-depth and normalisation, is here. The others are normalised by what
+    their configuration says."""
 
     def __init__(self, source):
         super().__init__()
-        from diffusers import AutoencoderKLFlux2  # takes seconds: imported only where it is used
+        import diffusers  # takes seconds: imported only where it is used
         config = find_file(source, "vae/config.json", "config.json")
-        kind = json.loads(config.read_text())["_class_name"]
-        if kind != "AutoencoderKLFlux2":
-            raise ValueError(f"config.json is of {kind}, expected AutoencoderKLFlux2")
+        name = json.loads(config.read_text())["_class_name"]
+        self.kind = KINDS.get(name)
+        if not self.kind:
+            raise ValueError(f"config.json is of {name}, expected {' or '.join(KINDS)}")
         # In a pipeline's repository the VAE lies in a folder of its own.
-        inside = config.parent.name == "vae" and config.parent != pathlib.Path(source)
-        self.net, info = AutoencoderKLFlux2.from_pretrained(
+        inside = config.parent.name == "vae"
+        flux2 = self.kind == "flux2"
+        kind = diffusers.AutoencoderKLFlux2 if flux2 else diffusers.AutoencoderKL
+        self.net, info = kind.from_pretrained(
             source, subfolder="vae" if inside else None, use_safetensors=True,
             low_cpu_mem_usage=False, output_loading_info=True)
         missing = [key for key in info["missing_keys"] if not key.endswith("num_batches_tracked")]
         if missing:  # diffusers would go on with random numbers there
             raise ValueError(f"the weights lack {missing[0]}")
         config = self.net.config
-        self.channels = 4 * config.latent_channels           # space-to-depth of 2 x 2
-        self.stride = 2 ** len(config.block_out_channels)    # so do all levels but one, and it
-        mean, variance = self.net.bn.running_mean, self.net.bn.running_var
-        self.mean = mean[:, None, None]                      # (128, 1, 1)
-        self.std = torch.sqrt(variance + config.batch_norm_eps)[:, None, None]
+        self.square = 2 if flux2 else 1                      # space-to-depth of 2 x 2, or none
+        self.channels = self.square ** 2 * config.latent_channels
+        self.stride = self.square * 2 ** (len(config.block_out_channels) - 1)  # all levels but one
+        if flux2:
+            bn = self.net.bn
+            mean, std = bn.running_mean, torch.sqrt(bn.running_var + config.batch_norm_eps)
+        elif config.latents_mean and config.latents_std:
+            mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+        else:
+            mean = torch.tensor(config.shift_factor or 0.0)
+            std = torch.tensor(1 / config.scaling_factor)
+        self.mean, self.std = mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)  # (C or 1, 1, 1)
 
     def encode(self, images):                                           # (B, 3, H, W)
         images = images.to(self.net.dtype)
         z = self.net.encode(images).latent_dist.mode()                  # (B, 32, H/8, W/8)
-        z = F.pixel_unshuffle(z.float(), 2)                             # (B, 128, H/16, W/16)
+        z = F.pixel_unshuffle(z.float(), self.square)                   # (B, 128, H/16, W/16)
         return (z - self.mean.to(z.device)) / self.std.to(z.device)
 
     def decode(self, latents):                                          # (B, 128, H/16, W/16)
         z = latents * self.std.to(latents.device) + self.mean.to(latents.device)
-        z = F.pixel_shuffle(z, 2).to(self.net.dtype)                    # (B, 32, H/8, W/8)
+        z = F.pixel_shuffle(z, self.square).to(self.net.dtype)          # (B, 32, H/8, W/8)
         return self.net.decode(z).sample                                # (B, 3, H, W)
 
 
 class Codec:
     """A codec at work: encode(images (B, 3, H, W) in [-1, 1]) -> latents (B, channels, H/stride,
     W/stride) and decode, the way back (not clamped); fp32 in and out whatever it computes in.
-    .kind flux2, taef2 or pixels; .id a Hugging Face id, or a hash of a local folder's weights;
+    .kind flux2, kl, taef2 or pixels; .id a Hugging Face id, or a hash of a local folder's weights;
     .path that folder, or None.
     """
 
-    def __init__(self, kind, net, id, path=None, device="cpu", dtype="fp32"):
-        self.kind, self.id, self.path, self.device, self.dtype = kind, id, path, device, dtype
-        self.channels, self.stride = net.channels, net.stride
+    def __init__(self, net, id, path=None, device="cpu", dtype="fp32"):
+        self.id, self.path, self.device, self.dtype = id, path, device, dtype
+        self.kind, self.channels, self.stride = net.kind, net.channels, net.stride
         mps = torch.device(device).type == "mps"
         self.layout = torch.contiguous_format if mps else torch.channels_last  # which is faster
         net = net.eval().requires_grad_(False)
@@ -126,14 +139,14 @@ def load_vae(name="flux2", device="cpu", dtype="fp32") -> Codec:
     """The Codec `name`: flux2, taef2, pixels, a Hugging Face id, or a local folder, recognised by
     what lies in it. dtype: fp32 or bf16, what it computes in. Raises BadInput."""
     if name == "pixels":
-        return Codec("pixels", Pixels(), "pixels", None, device)
+        return Codec(Pixels(), "pixels", None, device)
     source = {"flux2": FLUX2, "taef2": TAEF2}.get(name, name)
     folder, is_local = pathlib.Path(source), os.path.isdir(source)  # else a Hugging Face id
     if not is_local and source.count("/") != 1:
         raise BadInput(f"--vae {name}: expected flux2, taef2, pixels, a Hugging Face id, a folder")
-    kind = "taef2" if source == TAEF2 or any(folder.glob("taef2_encoder.*")) else "flux2"
     try:
-        net = Taef2(source) if kind == "taef2" else Flux2(source)
+        is_taef2 = source == TAEF2 or any(folder.glob("taef2_encoder.*"))
+        net = Taef2(source) if is_taef2 else AutoEncoder(source)
     except MemoryError:
         raise
     except Exception as error:  # whatever the libraries make of no network, or of a broken file
@@ -144,8 +157,8 @@ def load_vae(name="flux2", device="cpu", dtype="fp32") -> Codec:
         digest = hashlib.sha256()
         for key, tensor in sorted(net.state_dict().items()):
             digest.update(key.encode() + tensor.float().numpy().tobytes())
-        source = f"{kind}-{digest.hexdigest()[:12]}"
-    return Codec(kind, net, source, str(folder.absolute()) if is_local else None, device, dtype)
+        source = f"{net.kind}-{digest.hexdigest()[:12]}"
+    return Codec(net, source, str(folder.absolute()) if is_local else None, device, dtype)
 
 
 def open_vae(settings: dict, channels: int, override=None, device="cpu") -> Codec:
@@ -180,9 +193,10 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
 # lies in its header, without paths or dates: its bytes are the same whoever wrote it.
 
 def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=SHARD, stop=None,
-                listing=None):
+                listing=None, keep_images=False):
     """Encode class folders into the cache `out`, keeping shards that are there. Returns the exit
-    code. stop: a StopSignal. listing: of `images`, if at hand. Raises BadInput before it writes."""
+    code. stop: a StopSignal. listing: of `images`, if at hand. keep_images: the 8-bit crops beside
+    their latents. Raises BadInput before it writes."""
     images, out = pathlib.Path(images), pathlib.Path(out)
     if size % vae.stride:
         raise BadInput(f"--size {size}: expected a multiple of {vae.stride}, a latent's pixels")
@@ -194,31 +208,32 @@ def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=S
         "version": 1, "shards": len(shards), "images": len(items), "classes": classes, "size": size,
         "list": cache.list_hash(items), "flip": flip,
         "vae": {"kind": vae.kind, "id": vae.id}, "dtype": vae.dtype, "batch": batch}
+    settings |= {"pictures": True} if keep_images else {}  # older caches lack the word
 
     def read(path):
         return read_picture(images / path, size)
 
     paths = [out / f"latents_rank00_shard{k:05d}.safetensors" for k in range(len(shards))]
-    finished = finished_shards(out, paths, settings, read)
+    finished = cache.finished_shards(out, paths, settings, read)
     todo = [k for k in range(len(shards)) if paths[k] not in finished]
     shape = vae.channels, size // vae.stride, size // vae.stride        # (C, h, w)
-    need = 2 * (1 + flip) * math.prod(shape) * sum(len(shards[k]) for k in todo)  # bytes, fp16
+    per_image = 2 * (1 + flip) * math.prod(shape) + keep_images * 3 * size * size  # bytes
+    need = per_image * sum(len(shards[k]) for k in todo)
     say(f"{len(items):,} images of {len(classes)} classes: {len(todo)} of {len(shards)} shards to "
         f"write, {need / 1e9:.2f} GB")
     check_disk(out, need)
     if all(read(path)[0] is None for path, _ in items):  # as a rule this reads one image
         raise BadInput(f"{images}: not one of {len(items)} images can be read")
     mine = [k for k in todo if k % world_size() == rank()]  # no rank waits for another
-    # A machine's ranks share its cores.
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    jobs = [path for k in mine for path, _ in shards[k]]
+    jobs, threads = [path for k in mine for path, _ in shards[k]], cores()
     pictures = prefetched(read, jobs, threads, 2 * (batch + threads))
     bar = tqdm(total=len(jobs), unit="image", disable=rank() > 0 or None)
     with lock_folder(out), bar:
         if rank() == 0 and vae.path:
             cache.write_codec_path(out, vae.path)
         for k in mine:
-            encoded = encode_shard(shards[k], pictures, vae, shape, flip, batch, bar, stop)
+            encoded = encode_shard(shards[k], pictures, vae, shape, flip, batch, bar, stop,
+                                   size if keep_images else None)
             if encoded is None:
                 say("stopped: whole shards are kept, and the same command continues")
                 return 128 + stop.number
@@ -229,25 +244,13 @@ def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=S
     return 0
 
 
-def finished_shards(out, paths, settings, read):
-    """The shards that need not be written again. Raises BadInput for one of another cache."""
-    finished = []
-    for path in cache.shard_files(out):
-        _, theirs = cache.read_header(path)
-        wrong = cache.differing(theirs, settings) or ([] if path in paths else ["name"])
-        if wrong:
-            raise BadInput(f"{path}: made with another {', '.join(wrong)}: change --out")
-        # Not finished: where an image left out can be read now, since its disk was away.
-        if all(read(name)[0] is None for name in theirs["unreadable"]):
-            finished.append(path)
-    return finished
-
-
-def encode_shard(items, pictures, vae, shape, flip, batch, bar, stop):
+def encode_shard(items, pictures, vae, shape, flip, batch, bar, stop, kept_size=None):
     """Encode the next of `pictures`, those of items [(path, label)]. Returns (tensors of the shard,
     paths that cannot be read), or None where a signal says stop."""
     labels, unreadable, names = [], [], ("latents", "latents_flip")[:1 + flip]
     tensors = {name: [torch.empty(0, *shape).half()] for name in names}
+    if kept_size:
+        tensors["pictures"] = [torch.empty(0, 3, kept_size, kept_size, dtype=torch.uint8)]
     for start in range(0, len(items), batch):
         if stop and stop.number:
             return None
@@ -262,6 +265,8 @@ def encode_shard(items, pictures, vae, shape, flip, batch, bar, stop):
                 labels.append(label)
             bar.update()
         if good:
+            if kept_size:
+                tensors["pictures"].append(torch.stack(good))
             x = from_uint8(torch.stack(good).to(vae.device))            # (b, 3, size, size)
             for name in names:
                 z = vae.encode(x.flip(-1) if name == "latents_flip" else x)
@@ -284,7 +289,7 @@ class LatentDataset:
     def __init__(self, folder):
         self.rows, settings, self.stats, self.fingerprint = cache.open_cache(folder)
         self.labels, self.shape = self.rows.labels, self.rows.shape
-        self.mirrored = self.rows.mirrored
+        self.mirrored, self.pictured = self.rows.mirrored, self.rows.pictured
         self.class_names, self.size = settings.get("classes"), settings.get("size")
         self.num_classes = len(self.class_names or range(int(self.labels.max()) + 1))
         self.vae, self.vae_path = settings.get("vae"), cache.read_codec_path(folder)
@@ -306,24 +311,18 @@ class LatentDataset:
         bool: of the mirrored image; ignored where the cache has none."""
         indices = np.asarray(indices, dtype=np.int64)
         flip = np.broadcast_to(np.asarray(flip, dtype=bool), indices.shape)
-        latents = self.rows.gather(indices, flip)                       # (B, C, h, w)
+        latents = self.rows.latents(indices, flip)                      # (B, C, h, w)
         if self.stats:  # LightningDiT's latents are raw
             mean, std = self.stats
             latents = ((latents.float() - mean) / std).to(latents.dtype)
         return latents, self.labels[torch.from_numpy(indices)]
 
-    def check(self):
-        """(mean, standard deviation) of 1,000 latents from all over the cache. Warns where they are
-        far from 0 and 1 (pixels may be); raises BadInput where they are no finite numbers."""
-        picks = np.linspace(0, len(self) - 1, min(len(self), 1000)).astype(np.int64)
-        x = self.batch(picks)[0].float()                                # (up to 1000, C, h, w)
-        mean, std = x.mean().item(), x.std(correction=0).item()
-        if not math.isfinite(mean):
-            raise BadInput("the latents hold values that are not finite: make the cache anew")
-        healthy = abs(mean) <= 1 and 0.25 <= std <= 4
-        if not healthy and (self.vae or {}).get("kind") != "pixels":
-            say(f"warning: latents of mean {mean:.2f} and spread {std:.2f}, expected about 0 and 1")
-        return mean, std
+    def pictures(self, indices, flip):
+        """The images themselves (B, 3, size, size) uint8, mirrored where `batch` gives a mirrored
+        one's latent. Only where .pictured: vae.py --keep-images stores them."""
+        images = self.rows.pictures(np.asarray(indices, dtype=np.int64))
+        flip = torch.as_tensor(flip) & self.mirrored                    # (B,)
+        return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
 @program
@@ -335,6 +334,7 @@ def main(argv=None):
     add("--vae", default="flux2", help="flux2, taef2, pixels, a Hugging Face id or a folder")
     add("--size", type=number(int, 1, 8192), default=256, help="side of the images, in pixels")
     add("--no-flip", action="store_true", help="no mirrored latents: where left and right matter")
+    add("--keep-images", action="store_true", help="store the images, too, for ablations/repa.py")
     add("--batch", type=number(int, 1, CHUNK), default=CHUNK, help="images encoded at once")
     add("--dtype", default="fp32", choices=DTYPES, help="what the codec computes in")
     args = parser.parse_args(argv)
@@ -343,7 +343,7 @@ def main(argv=None):
     listing = list_images(args.images)  # a wrong folder is reported before a codec is downloaded
     vae = load_vae(args.vae, pick_device(), args.dtype)
     return write_cache(args.images, args.out, vae, args.size, not args.no_flip, args.batch,
-                       stop=stop, listing=listing)
+                       stop=stop, listing=listing, keep_images=args.keep_images)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from lib.checkpoint import load_denoiser
 from lib.device import pick_device
 from lib.flags import Parser, number
 from lib.images import draw_digits, list_images, read_picture
-from lib.run import BadInput, program, say
-from sample import Sampling, balanced_labels, generate, image_batches, progress
+from lib.run import BadInput, image_batches, program, say
+from sample import Sampling, balanced_labels, generate, progress
 from vae import from_uint8, open_vae
 
 

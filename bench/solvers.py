@@ -25,8 +25,8 @@ from lib.checkpoint import load_denoiser, weights_hash
 from lib.device import pick_device
 from lib.flags import Parser, number
 from lib.log import append_score, read_scores
-from lib.run import program, say
-from sample import balanced_labels, guided_velocity, image_noise, ode_sample, rank_batches
+from lib.run import program, rank_batches, say
+from sample import balanced_labels, guided_velocity, image_noise, ode_sample
 from vae import open_vae, to_uint8
 
 EDGE = (0.1, 1.0)  # the guidance interval, as in the paper

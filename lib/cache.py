@@ -1,9 +1,11 @@
 """Shards of latents on disk: what their headers say, and fast random access to their rows. A shard
 is a safetensors file (8 bytes: the length of a JSON header, the header, the tensors' bytes) of
 `latents` (N, C, h, w), `labels` (N,), mostly `latents_flip`, as LightningDiT and the JLT release
-have them. Ours carry their settings besides, as JSON under one metadata key."""
+have them. Ours may also hold `pictures`, uint8 (N, 3, size, size), and carry their settings, JSON
+under one metadata key."""
 import hashlib
 import json
+import math
 import pathlib
 import re
 import resource
@@ -14,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib.files import atomic
-from lib.run import BadInput, RunFailed
+from lib.run import BadInput, RunFailed, say
 
 TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-         "I32": torch.int32, "I64": torch.int64}
+         "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
 # What the shards of one cache agree in.
-SHARED = ("version", "shards", "images", "list", "classes", "vae", "size", "flip", "batch", "dtype")
+SHARED = ("version", "shards", "images", "list", "classes", "vae", "size", "flip", "batch", "dtype",
+          "pictures")
 
 
 def shard_files(folder):
@@ -67,7 +70,21 @@ def differing(one, other):
     """The settings in which two shards are not of one cache (None: a shard that is not ours)."""
     if not (one and other):
         return [] if one is other else ["program"]
-    return [name for name in SHARED if one[name] != other[name]]
+    return [name for name in SHARED if one.get(name) != other.get(name)]
+
+
+def finished_shards(out, paths, settings, read):
+    """The shards that need not be written again. Raises BadInput for one of another """
+    finished = []
+    for path in shard_files(out):
+        _, theirs = read_header(path)
+        wrong = differing(theirs, settings) or ([] if path in paths else ["name"])
+        if wrong:
+            raise BadInput(f"{path}: made with another {', '.join(wrong)}: change --out")
+        # Not finished: where an image left out can be read now, since its disk was away.
+        if all(read(name)[0] is None for name in theirs["unreadable"]):
+            finished.append(path)
+    return finished
 
 
 def save_shard(path, tensors, settings):
@@ -135,15 +152,40 @@ def open_cache(folder):
     return rows, ours, stats, digest.hexdigest()[:16]
 
 
+def check_latents(data):
+    """(mean, standard deviation) of 1,000 latents from all over a LatentDataset. Warns where they
+    are far from 0 and 1 (pixels may be); raises BadInput where they are no finite numbers."""
+    picks = np.linspace(0, len(data) - 1, min(len(data), 1000)).astype(np.int64)
+    x = data.batch(picks)[0].float()                                    # (up to 1000, C, h, w)
+    mean, std = x.mean().item(), x.std(correction=0).item()
+    if not math.isfinite(mean):
+        raise BadInput("the latents hold values that are not finite: make the cache anew")
+    healthy = abs(mean) <= 1 and 0.25 <= std <= 4
+    if not healthy and (data.vae or {}).get("kind") != "pixels":
+        say(f"warning: latents of mean {mean:.2f} and spread {std:.2f}, expected about 0 and 1")
+    return mean, std
+
+
+def mean_latent(data, count=10_000):
+    """The mean latent (C, h, w) of a LatentDataset, fp32: of `count` images from all over it, every
+    other one mirrored."""
+    rows = np.linspace(0, len(data) - 1, min(len(data), count)).astype(np.int64)
+    total = torch.zeros(data.shape, dtype=torch.float64)
+    for part in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / 256)):
+        total += data.batch(rows[part], part % 2 == 1)[0].double().sum(0)
+    return (total / len(rows)).float()
+
+
 class Rows:
-    """The rows of all shards as one table: .labels (N,) int64, gather for latents of .shape (C, h,
-    w); .mirrored: whether all shards hold mirrored latents. Raises BadInput."""
+    """The rows of all shards as one table: .labels (N,) int64, latents of .shape (C, h, w);
+    .mirrored, .pictured: whether all shards hold mirrored latents, pictures. Raises BadInput."""
 
     def __init__(self, paths, headers):
         self.paths, self.headers, self.maps = paths, headers, {}
         self.dtype, (_, *shape), _ = headers[0]["latents"]
         self.shape = tuple(shape)
         self.mirrored = all("latents_flip" in header for header in headers)
+        self.pictured = all("pictures" in header for header in headers)
         labels = []
         for path, header in zip(paths, headers):
             dtype, (_, *shape), _ = header["latents"]
@@ -161,31 +203,39 @@ class Rows:
             resource.setrlimit(resource.RLIMIT_NOFILE, (len(paths) + 500, hard))
 
     def tables(self, shard):
-        """A shard's latents and its mirrored ones, each as bytes (N, bytes of a row). The file is
-        mapped once, for reading, so that all ranks of a machine share the memory."""
-        data = np.memmap(self.paths[shard], np.uint8, "r")
-        tables = []
-        for name in ("latents", "latents_flip")[:1 + self.mirrored]:
-            dtype, shape, place = self.headers[shard][name]
+        """{tensor: bytes (N, bytes of a row)} of a shard. The file is mapped once, for reading, so
+        that all ranks of a machine share the memory."""
+        data, tables = np.memmap(self.paths[shard], np.uint8, "r"), {}
+        for name, (dtype, shape, place) in self.headers[shard].items():
             row = dtype.itemsize * int(np.prod(shape[1:]))
-            tables.append(data[place:place + shape[0] * row].reshape(shape[0], row))
+            tables[name] = data[place:place + shape[0] * row].reshape(shape[0], row)
         return tables
 
-    def gather(self, rows, flip):
-        """rows: int64 (B,), flip: bool (B,) -> latents (B, C, h, w) in the stored type. Other
-        threads run meanwhile."""
+    def latents(self, rows, flip):
+        """rows: int64 (B,), flip: bool (B,) -> latents (B, C, h, w) in the stored type."""
+        names = [("latents", "latents_flip")[mirror] for mirror in (flip & self.mirrored).tolist()]
+        return self.gather(rows, names).view(self.dtype).view(len(rows), *self.shape)
+
+    def pictures(self, rows):
+        """rows: int64 (B,) -> pictures (B, 3, size, size) uint8."""
+        _, (_, *shape), _ = self.headers[0]["pictures"]
+        return self.gather(rows, ["pictures"] * len(rows)).view(len(rows), *shape)
+
+    def gather(self, rows, names):
+        """The bytes of these rows of the tensors so named, one after the other. Other threads run
+        meanwhile."""
         if not len(rows):
-            return torch.empty(0, *self.shape, dtype=self.dtype)
+            return torch.empty(0, dtype=torch.uint8)
         if rows.min() < 0 or rows.max() >= self.starts[-1]:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.starts[-1]}")
         shards = np.searchsorted(self.starts, rows, "right") - 1
         within = rows - self.starts[shards]
         for shard in set(shards.tolist()) - self.maps.keys():
             self.maps[shard] = self.tables(shard)
-        found = [self.maps[shard][mirror][row] for shard, mirror, row in
-                 zip(shards.tolist(), (flip & self.mirrored).tolist(), within.tolist())]
+        found = [self.maps[shard][name][row]
+                 for shard, name, row in zip(shards.tolist(), names, within.tolist())]
         # Into memory of NumPy's, which asks for huge pages where torch.empty does not: that is
         # nearly as fast as copying from an array.
         out = np.empty(sum(map(len, found)), np.uint8)
         np.concatenate(found, out=out)
-        return torch.from_numpy(out).view(self.dtype).view(len(rows), *self.shape)
+        return torch.from_numpy(out)

@@ -1,6 +1,7 @@
 """Weight files: checkpoints of a run, the light exports that people share, the paper's release.
-Ours are safetensors, which hold no code: tensors `model.*`, `ema.*`, `ema2.*` and `optimizer.*`;
-all else that belongs to a run is JSON under one key of the header."""
+Ours are safetensors, which hold no code: tensors `model.*`, `ema.*`, `ema2.*`, `optimizer.*`,
+`beside.*` (what an ablation trains besides), `data.mean_latent`; all else that belongs to a run is
+JSON under one key of the header."""
 import argparse
 import hashlib
 import json
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.files import atomic
+from lib.files import atomic, check_disk
 from lib.run import BadInput, RunFailed, mean_over_ranks, rank, say
 from model import JLT, TARGETS, Denoiser
 
@@ -60,6 +61,7 @@ def read_weights(path):
     tensors, settings = read_checkpoint(path, skip="optimizer")
     if not settings:
         return {"model": tensors, "ema": tensors}, release_settings(argparse.Namespace())
+    settings["mean_latent"] = tensors.get("data.mean_latent")
     return {group: part(tensors, group) for group in WEIGHTS if part(tensors, group)}, settings
 
 
@@ -157,6 +159,8 @@ def load_denoiser(path, weights="ema", device="cpu", target=None, input_size=Non
     net = build_net(sets[weights], path, settings["input_size"])
     denoiser = Denoiser(net, settings["target"], **objective)
     denoiser.settings = {"cfg": 1.0, "interval": (0.1, 1.0)} | settings
+    mean = denoiser.settings.pop("mean_latent", None)
+    denoiser.mean_latent = None if mean is None else mean.to(device)
     return denoiser.to(device).eval().requires_grad_(False)
 
 
@@ -214,20 +218,24 @@ def export_tensors(nets):
             for name, value in net.state_dict().items()}
 
 
-def run_tensors(nets, optimizer):
-    """All that a run needs to continue."""
+def run_tensors(nets, optimizer, beside):
+    """All that a run needs to continue. beside: {name: parameter}, what an ablation trains besides
+    the network."""
     tensors = {f"model.{name}": value for name, value in nets[0].state_dict().items()}
-    for name, p in nets[0].named_parameters():
+    tensors |= {f"beside.{name}": p for name, p in beside.items()}
+    for name, p in (dict(nets[0].named_parameters()) | beside).items():
         tensors |= {f"optimizer.{key}.{name}": v for key, v in optimizer.state[p].items()}
     return tensors | export_tensors(nets)
 
 
-def restore(tensors, nets, optimizer):
+def restore(tensors, nets, optimizer, beside):
     """Put the tensors of a checkpoint back where they came from."""
     try:
         for group, net in zip(WEIGHTS, nets):
             net.load_state_dict(part(tensors, group))
-        for name, p in nets[0].named_parameters():
+        for name, p in beside.items():
+            p.data.copy_(tensors[f"beside.{name}"])
+        for name, p in (dict(nets[0].named_parameters()) | beside).items():
             state = {key: tensors[f"optimizer.{key}.{name}"]
                      for key in ("step", "exp_avg", "exp_avg_sq")}
             optimizer.state[p] = {key: v.to(p.device, copy=True) for key, v in state.items()}
@@ -259,19 +267,24 @@ def resume_point(out):
     return None, None
 
 
-def resume(out, settings, nets, optimizer):
-    """Put the newest checkpoint of a run's folder into nets and optimizer. Returns (step, skipped
-    steps), 0 where there is none. Raises BadInput where it is another run's."""
+def resume(out, settings, nets, optimizer, beside):
+    """Put the newest checkpoint of a run's folder into nets, optimizer and what is trained beside.
+    Returns (step, skipped steps), 0 where there is none. Raises BadInput where it is another
+    run's."""
     tensors, saved = resume_point(out)
     step, skipped = 0, 0
     if tensors:
         check_same_run(out, saved, settings)
-        restore(tensors, nets, optimizer)
+        restore(tensors, nets, optimizer, beside)
         step, skipped = saved["step"], saved["skipped"]
         say(f"continues {out} at step {step}")
     if mean_over_ranks(torch.tensor(float(step))) != step:
         raise RunFailed(f"ranks found different checkpoints, this one that of step {step}: do all "
                         "nodes see the same --out?")
+    if step == 0:  # three whole checkpoints (last, previous, the next) and an export
+        size = sum(p.numel() for p in nets[0].parameters())
+        more = sum(p.numel() for p in beside.values())  # with its two moments
+        check_disk(out, 4 * (size * (3 * (len(nets) + 2) + len(nets) - 1) + more * 9))
     return step, skipped
 
 

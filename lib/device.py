@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import sys
+import warnings
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +23,11 @@ def pick_device() -> torch.device:
         raise BadInput(f"rank {local} has no GPU of its own (of {found}): lower --nproc_per_node")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def cores() -> int:
+    """How many of this machine's cores this rank may use: the ranks share them."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -74,6 +80,8 @@ def data_parallel(module, device):
     are constant tables, and gradients need no second copy.)"""
     if world_size() == 1:
         return module
-    return DistributedDataParallel(
-        module, device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # torch 2.13 has a new name for what 2.6 knows by the old one
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            module, device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)

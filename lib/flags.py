@@ -19,8 +19,9 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse without its page of usage at every slip; --help shows the defaults."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+    def __init__(self, description, **options):
+        super().__init__(
+            description=description, formatter_class=Help, allow_abbrev=False, **options)
 
     def error(self, message):
         raise BadInput(f"{message[:300]} (see --help)")
@@ -54,6 +55,8 @@ def sampling_flags(parser, defaults, methods, targets):
     add("--method", choices=methods, default=defaults.method, help="ODE solver")
     add("--shift", type=number(float, 0.01, 100), default=defaults.shift,
         help="of the grid of times: 1 is even, less is denser towards the data")
+    add("--contrast", type=number(float, -10, 1), default=defaults.contrast,
+        help="draw each velocity towards the mean latent by this share")
     add("--t-eps", type=number(float, 0, 1), help="floor of 1-t or t (default: the checkpoint's)")
     add("--seed", type=number(int, 0), default=defaults.seed,
         help="image i depends on seed and i alone")
@@ -68,8 +71,8 @@ def sampling_flags(parser, defaults, methods, targets):
         help="latent height, for a file that does not say it")
 
 
-def training_args(argv, presets, targets, sizes):
-    """What train.py was given; where no default stands here, the preset has it."""
+def training_args(argv, presets, targets, sizes, ablation=None):
+    """What train.py was given, and an ablation; where no default stands here, the preset has it."""
     preset = "demo" if "--demo" in (sys.argv if argv is None else argv) else "imagenet"
     parser, path = Parser("Train a JLT."), pathlib.Path
     add = parser.add_argument_group("what is trained").add_argument
@@ -118,13 +121,18 @@ def training_args(argv, presets, targets, sizes):
     add("--ref", type=path, help="reference statistics, npz")
     add("--eval-n", type=number(int, 2), default=10_000, help="images scored each time")
     add("--inception", type=path, help="the FID network (default: torch's cache, or download)")
+    if ablation:
+        ablation.flags(parser.add_argument_group(f"the technique {ablation.name}").add_argument)
     parser.set_defaults(**presets[preset])
     args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = 5e-5 * args.batch / 256
     if len(args.ema) > 2:
         raise BadInput("--ema takes at most two decays")
     if args.eval_every and not args.ref:
         raise BadInput("--eval-every needs --ref FILE (fid.py --images FOLDER --save-ref FILE)")
     if args.out is None:
         loss = "" if args.loss == "v" else f"-{args.loss}loss"
-        args.out = path(f"out/{preset}-{args.model}{args.patch}-{args.target}{loss}")
+        name = f"-{ablation.name}" if ablation else ""
+        args.out = path(f"out/{preset}-{args.model}{args.patch}-{args.target}{loss}{name}")
     return args

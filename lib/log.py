@@ -55,6 +55,15 @@ def error_columns(name):
     return [name, *(f"{name}_t{k}5" for k in range(10))]
 
 
+def errors_by_time(denoiser, caches, device, bf16):
+    """The columns of each of {name: LatentDataset or None} where there is one."""
+    row = {}
+    for name, data in caches.items():
+        if data:
+            row |= dict(zip(error_columns(name), error_by_time(denoiser, data, device, bf16)))
+    return row
+
+
 COLUMNS = ["step", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_gb", "graphs",
            "skipped", *error_columns("fit"), *error_columns("val"), "fid", "inception_score",
            "fid_n"]  # of log.csv

@@ -107,6 +107,16 @@ def split_batch(batch: int, most: int) -> tuple[int, int, int]:
     return rank() * share, share // micro, micro
 
 
+def image_batches(n, batch):
+    """The images 0 ... n-1 as ranges of at most `batch`."""
+    return [range(first, min(first + batch, n)) for first in range(0, n, batch)]
+
+
+def rank_batches(n, batch):
+    """This rank's share of image_batches: the ranks take turns."""
+    return image_batches(n, batch)[rank()::world_size()]
+
+
 # -------------------------------------------------------------------------------------------------
 # Signals
 

@@ -54,7 +54,7 @@ def up(pool=False):
 
 
 class Taef2(nn.Module):
-    channels, stride = 128, 16
+    kind, channels, stride = "taef2", 128, 16
 
     def __init__(self, source=None):
         """source: a local folder or a Hugging Face id; None for random weights."""

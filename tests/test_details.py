@@ -4,11 +4,17 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from conftest import small_reference
 
+import fid
+import sample
 import train
+import vae
 from lib.checkpoint import check_same_run, resume_point
 from lib.inception import resize
 from lib.run import BadInput
+from model import Denoiser
+from test_all import SmallInception, tiny_flux2, tiny_net
 
 
 @pytest.mark.parametrize("size, out", [(5, 13), (7, 7), (30, 11)])
@@ -59,12 +65,14 @@ def test_the_presets_are_the_papers_and_the_demos():
 
 def test_the_demo_trains_on_drawn_digits_that_are_never_mirrored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    draw = train.draw_digits
-    monkeypatch.setattr(train, "draw_digits", lambda folder, per_class: draw(folder, 5))
+    draw, asked = train.draw_digits, []
+    monkeypatch.setattr(train, "draw_digits", lambda folder, per_class: (
+        asked.append(per_class), draw(folder, 5))[1])
     argv = ["--demo", "--steps", "1", "--batch", "8", "--ema", "0.1", "--sample-every", "0"]
     assert train.main(argv) == 0
     data = train.codec.LatentDataset("data/demo-pixels")
     assert data.shape == (3, 32, 32) and len(data) == 50 and data.num_classes == 10
+    assert asked == [500]
     assert not data.mirrored and data.class_names == [str(digit) for digit in range(10)]
     assert (tmp_path / "out/demo-T8-x/ema.safetensors").exists()
 
@@ -75,3 +83,39 @@ def test_half_a_file_of_a_killed_save_is_cleared_away_by_rank_0(tmp_path, monkey
         monkeypatch.setenv("RANK", str(rank))
         assert resume_point(tmp_path) == (None, None)
         assert [path.name for path in tmp_path.iterdir()] == left
+
+
+def test_another_codec_than_the_one_that_made_the_latents_is_told(tmp_path, capsys):
+    pixels = {"vae": {"kind": "pixels", "id": "pixels"}, "vae_path": None}
+    vae.open_vae(pixels, 3)
+    vae.open_vae(pixels | {"vae": {"kind": "flux2", "id": "other"}}, 3, override="pixels")
+    assert not capsys.readouterr().out
+    tiny_flux2(tmp_path)
+    made = {"vae": {"kind": "flux2", "id": "flux2-0123456789ab"}, "vae_path": str(tmp_path)}
+    vae.open_vae(made, 24)
+    assert "is not the codec that made the latents" in capsys.readouterr().out
+
+
+def test_inception_score_wants_ten_images_and_fid_two(small_inception, tmp_path):
+    network, reference = SmallInception(), small_reference(tmp_path / "ref.npz")
+    reference = fid.load_reference(reference)
+    for n, known in ((9, False), (10, True)):
+        images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8)
+        statistics = fid.score([(range(n), images)], n, network)
+        row = fid.results(statistics, network, reference, 0.0)
+        assert (row["inception_score"] != "n/a") == known
+    argv = ["--ckpt", "a", "--ref", "b", "--num-samples"]
+    assert fid.parse([*argv, "2"]).num_samples == 2
+    with pytest.raises(BadInput, match="expected 2 or more"):
+        fid.parse([*argv, "1"])
+
+
+@pytest.mark.parametrize("names, captions", [(list("abcde"), ["d", "a"]), (None, [3, 0])])
+def test_columns_of_a_grid_are_named_by_class(names, captions, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "picture_grid", lambda *rest: seen.append(rest))
+    sample.draw_grid(Denoiser(tiny_net()), vae.load_vae("pixels"), 4, [3, 0], names,
+                     sample.Sampling(steps=1), "step 1")
+    (images, columns, found, title), = seen
+    assert (len(images), columns, found) == (4, 2, captions)
+    assert title == "x-prediction, step 1, cfg 1, 1 heun steps, seed 0"

@@ -20,6 +20,7 @@ import lib.cache
 import sample
 import train
 import vae
+from lib.cache import check_latents
 from lib.checkpoint import load_denoiser, load_init, read_checkpoint, save_checkpoint
 from lib.images import list_images, open_image, read_picture
 from lib.inception import load_inception
@@ -157,10 +158,10 @@ def test_caches_of_others_are_read_and_trained_on(dtype, labels, tmp_path, refus
 def test_latents_that_are_not_normalised_are_warned_of(tmp_path, capsys):
     labels, x = torch.zeros(64).long(), torch.randn(64, 4, 4, 4)
     for mean, std, warns in ((0.1, 0.9, 0), (0, 5, 1), (2, 1, 1), (0, 0.1, 1)):
-        theirs(tmp_path, {"latents": x * std + mean, "labels": labels}).check()
+        check_latents(theirs(tmp_path, {"latents": x * std + mean, "labels": labels}))
         assert capsys.readouterr().out.count("warning") == warns
     with pytest.raises(BadInput, match="not finite"):
-        theirs(tmp_path, {"latents": x * torch.nan, "labels": labels}).check()
+        check_latents(theirs(tmp_path, {"latents": x * torch.nan, "labels": labels}))
 
 
 def test_a_caches_maps_are_read_only_and_one_a_shard(cache, monkeypatch):
@@ -171,9 +172,10 @@ def test_a_caches_maps_are_read_only_and_one_a_shard(cache, monkeypatch):
     for flip in (False, True, np.arange(14) % 2 == 0):
         data.batch(range(14), flip)
     assert memmap.mock_calls == [mock.call(path, np.uint8, "r") for path in shards_of(cache)]
-    for table in sum(data.rows.maps.values(), []):
-        with pytest.raises(ValueError, match="read-only"):
-            table[0, 0] = 0
+    for tables in data.rows.maps.values():
+        for table in tables.values():
+            with pytest.raises(ValueError, match="read-only"):
+                table[0, 0] = 0
 
 
 def test_a_shard_that_is_damaged_or_gone_is_named_and_made_anew(images, cache, refused):

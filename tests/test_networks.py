@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from lib.images import read_picture
 from lib.inception import Inception, resize
 from lib.run import BadInput
 from lib.taef2 import Taef2
-from test_all import tiny_flux2
-from vae import load_vae
+from lib.vit import CLIP, DINO, load_vit
+from test_all import picture_folder, tiny_flux2
+from vae import LatentDataset, from_uint8, load_vae, open_vae, write_cache
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -163,7 +165,114 @@ def test_flux2_is_known_by_its_weights_and_refused_without_them(tmp_path):
     with pytest.raises(BadInput, match="lack bn.running_mean"):
         load_vae(str(tmp_path / "there"))
     config = json.loads((tmp_path / "here" / "config.json").read_text())
-    config["_class_name"] = "AutoencoderKL"
+    config["_class_name"] = "AutoencoderTiny"
     (tmp_path / "here" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match="expected AutoencoderKLFlux2"):
+    with pytest.raises(BadInput, match="of AutoencoderTiny, expected AutoencoderKLFlux2 or"):
         load_vae(str(tmp_path / "here"))
+
+
+@pytest.mark.parametrize("normalised_by", [
+    dict(scaling_factor=0.5, shift_factor=0.25), dict(scaling_factor=0.5), dict(
+        latents_mean=[0.5, -1, 2.0], latents_std=[2.0, 0.5, 4])])
+@torch.no_grad()
+def test_a_kl_autoencoder_is_its_mode_normalised_by_its_configuration(normalised_by, tmp_path):
+    """Of diffusers, with random weights; through a cache, and by the checkpoint's settings."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    net = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=3, **normalised_by).eval()
+    net.save_pretrained(tmp_path / "codec")
+    codec, x = load_vae(str(tmp_path / "codec")), torch.rand(2, 3, 16, 32) * 2 - 1
+    assert (codec.kind, codec.channels, codec.stride) == ("kl", 3, 4)
+    mode = net.encode(x).latent_dist.mean                               # (2, 3, 4, 8)
+    if "latents_mean" in normalised_by:
+        mean, std = (torch.tensor(normalised_by[name])[:, None, None]
+                     for name in ("latents_mean", "latents_std"))
+        wanted = (mode - mean) / std
+    else:
+        wanted = (mode - normalised_by.get("shift_factor", 0)) * 0.5
+    torch.testing.assert_close(codec.encode(x), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codec.decode(wanted), net.decode(mode).sample, rtol=1e-4, atol=1e-5)
+    images = picture_folder(tmp_path / "images", 2)
+    assert write_cache(images, tmp_path / "cache", codec, 16) == 0
+    data = LatentDataset(tmp_path / "cache")
+    again = open_vae({"vae": data.vae, "vae_path": data.vae_path}, 3)
+    assert again.id == codec.id and data.vae["kind"] == "kl"
+    pixels = from_uint8(read_picture(images / "cat" / "00.png", 16)[0])[None]
+    torch.testing.assert_close(data[0][0].float(), codec.encode(pixels)[0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_vision_transformer_by_plain_formulas_and_hub_names(tmp_path):
+    """DINOv2 with registers: 2 heads, 2 blocks, positions for 3x3 patches."""
+    rng, d = torch.Generator().manual_seed(0), 128
+
+    def random(*shape):
+        return torch.randn(shape, generator=rng) * 0.2
+    w = {"cls_token": random(1, 1, d), "pos_embed": random(1, 10, d), "mask_token": random(1, d),
+         "register_tokens": random(1, 4, d), "patch_embed.proj.weight": random(d, 3, 14, 14),
+         "patch_embed.proj.bias": random(d), "norm.weight": random(d), "norm.bias": random(d)}
+    shapes = {"norm1.weight": [d], "norm1.bias": [d], "norm2.weight": [d], "norm2.bias": [d],
+              "attn.qkv.weight": [3 * d, d], "attn.qkv.bias": [3 * d], "attn.proj.weight": [d, d],
+              "attn.proj.bias": [d], "ls1.gamma": [d], "ls2.gamma": [d], "mlp.fc1.weight": [512, d],
+              "mlp.fc1.bias": [512], "mlp.fc2.weight": [d, 512], "mlp.fc2.bias": [d]}
+    for i in range(2):
+        w |= {f"blocks.{i}.{name}": random(*shape) for name, shape in shapes.items()}
+    torch.save(w, tmp_path / "dino.pth")
+    images = torch.randint(0, 256, (2, 3, 42, 50), dtype=torch.uint8, generator=rng)
+    mean, std = torch.tensor(DINO)[:, :, None, None]
+    x = (images[..., 4:46] / 255 - mean) / std  # the middle
+    patches = F.unfold(x, 14, stride=14).transpose(1, 2)                # (2, 9, 3*14*14)
+    x = patches @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
+    x = torch.cat([w["cls_token"].expand(2, 1, d), x], 1) + w["pos_embed"]
+    x = torch.cat([x[:, :1], w["register_tokens"].expand(2, 4, d), x[:, 1:]], 1)
+    for i in range(2):
+        b = {name: w[f"blocks.{i}.{name}"] for name in shapes}
+        h = F.layer_norm(x, (d,), b["norm1.weight"], b["norm1.bias"], 1e-6)
+        qkv = h @ b["attn.qkv.weight"].T + b["attn.qkv.bias"]
+        heads = []
+        for k in range(2):
+            q, key, v = (qkv[..., n * d + 64 * k:n * d + 64 * (k + 1)] for n in range(3))
+            heads.append((q @ key.transpose(1, 2) / 8).softmax(-1) @ v)
+        h = torch.cat(heads, -1) @ b["attn.proj.weight"].T + b["attn.proj.bias"]
+        x = x + b["ls1.gamma"] * h
+        h = F.layer_norm(x, (d,), b["norm2.weight"], b["norm2.bias"], 1e-6)
+        h = h @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]
+        h = h * (1 + torch.erf(h / 2 ** 0.5)) / 2
+        x = x + b["ls2.gamma"] * (h @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"])
+    x = F.layer_norm(x, (d,), w["norm.weight"], w["norm.bias"], 1e-6)
+    embedding, tokens = load_vit(tmp_path / "dino.pth", 42)(images)
+    torch.testing.assert_close(embedding, x[:, 0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(tokens, x[:, 5:], rtol=1e-3, atol=1e-4)
+    (tmp_path / "other.pth").write_bytes(b"nothing")
+    with pytest.raises(BadInput, match="not the weights of DINOv2 or CLIP"):
+        load_vit(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("size", [None, 224])
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters", "CLIPVision"])
+def test_vision_transformers_are_those_of_transformers(kind, size, tmp_path):
+    """Random weights; at the size of the positions, and where they are resampled."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    clip = kind == "CLIPVision"
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, patch_size=14,
+        intermediate_size=512, image_size=336 if clip else 518)
+    torch.manual_seed(0)
+    name = "CLIPVisionModelWithProjection" if clip else f"{kind}Model"
+    net = getattr(transformers, name)(config).eval()
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    net.save_pretrained(tmp_path)
+    side = size or config.image_size
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    mean, std = torch.tensor(CLIP if clip else DINO)[:, :, None, None]
+    with torch.no_grad():
+        more = dict(interpolate_pos_encoding=True) if clip and size else {}
+        wanted = net(pixel_values=(images / 255 - mean) / std, **more)
+    states = wanted.last_hidden_state
+    embedding, tokens = load_vit(tmp_path, size)(images)
+    first = 5 if kind == "Dinov2WithRegisters" else 1
+    torch.testing.assert_close(embedding, wanted.image_embeds if clip else states[:, 0],
+                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens, states[:, first:], rtol=1e-5, atol=1e-5)

@@ -176,7 +176,7 @@ def call(module, *argv):
 def write_and_draw(work, out):
     """What one rank and two do alike."""
     out.mkdir(exist_ok=True)
-    with mock.patch.object(vae.write_cache, "__defaults__", (256, True, 16, 4, None, None)):
+    with mock.patch.object(vae.write_cache, "__defaults__", (256, True, 16, 4, None, None, False)):
         call(vae, "--images", work / "images", "--out", out / "cache", "--vae", "pixels",
              "--size", 16, "--batch", 3)
     network = "--ckpt", work / "a.safetensors", "--steps", 2, "--num-samples", 23, "--batch", 3
