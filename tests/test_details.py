@@ -1,10 +1,12 @@
 """Details that a larger test passes over."""
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import small_reference
+from safetensors.torch import load_file, save_file
 
 import fid
 import sample
@@ -14,7 +16,7 @@ from lib.checkpoint import check_same_run, resume_point
 from lib.inception import resize
 from lib.run import BadInput
 from model import Denoiser
-from test_all import SmallInception, tiny_flux2, tiny_net
+from test_all import SmallInception, flags, tiny_flux2, tiny_net
 
 
 @pytest.mark.parametrize("size, out", [(5, 13), (7, 7), (30, 11)])
@@ -119,3 +121,47 @@ def test_columns_of_a_grid_are_named_by_class(names, captions, monkeypatch):
     (images, columns, found, title), = seen
     assert (len(images), columns, found) == (4, 2, captions)
     assert title == "x-prediction, step 1, cfg 1, 1 heun steps, seed 0"
+
+
+@pytest.mark.parametrize("parse, words, lowest, highest", [
+    (sample.parse, "--cfg", 0, 1000), (sample.parse, "--num-samples", 1, 10**7),
+    (sample.parse, "--t-eps", 0, 1), (sample.parse, "--steps", 1, 100_000),
+    (fid.parse, "--ckpt a --ref b --cfg", 0, 1000), (fid.parse, "--images a --size", 1, 4096),
+    (fid.parse, "--ckpt a --num-samples", 2, 10**7)])
+def test_numbers_are_taken_up_to_their_bounds_and_not_beyond(parse, words, lowest, highest):
+    for value in (lowest, highest):
+        parse([*words.split(), str(value)])
+    for value in (lowest - 1, highest + 1):
+        with pytest.raises(BadInput, match="expected"):
+            parse([*words.split(), str(value)])
+
+
+def test_pictures_are_drawn_where_there_is_a_codec_and_they_are_asked_for(finished, tmp_path):
+    cache, out = finished
+    names = sorted(path.name for path in (out / "samples").iterdir())
+    assert names == ["step0000004.png", "step0000006.png"]
+    assert train.main(flags(cache, tmp_path / "none", "--sample-every", 0, steps=1)) == 0
+    assert not (tmp_path / "none" / "samples").exists()
+    shutil.copytree(cache, tmp_path / "foreign")
+    (shard,) = (tmp_path / "foreign").glob("latents*")
+    save_file(load_file(shard), shard)  # without settings, and so without a codec
+    assert train.main(flags(tmp_path / "foreign", tmp_path / "blind", steps=1)) == 0
+    assert not (tmp_path / "blind" / "samples").exists()
+
+
+@pytest.mark.parametrize("words, compiled", [
+    ("", []), ("--compile", ["net"]), ("--compile --eval-every 1 --ref r", ["net", "average"])])
+def test_what_is_compiled(words, compiled, finished, tmp_path, monkeypatch, small_inception):
+    """The network where asked; its average as well where thousands of images are to be drawn."""
+    seen, ref = [], small_reference(tmp_path / "ref.npz")
+    monkeypatch.setattr(train, "compile_net", lambda net, device: seen.append(net) or True)
+    monkeypatch.setattr(train.fid, "evaluate", lambda *rest: {"fid": "1", "inception_score": "n/a"})
+    argv = flags(finished[0], tmp_path / "run", *words.replace(" r", f" {ref}").split(), steps=1)
+    assert train.main(argv) == 0
+    trains = [any(p.requires_grad for p in net.parameters()) for net in seen]
+    assert trains == [name == "net" for name in compiled]
+
+
+def test_imagenets_pictures_are_of_some_well_known_classes():
+    assert sample.SHOWN == (88, 207, 279, 360, 387, 417, 933, 979)  # macaw, ... valley
+    assert sample.Sampling.interval == (0.1, 1.0) and vae.CHUNK == 16 and vae.SHARD == 1024
