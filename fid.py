@@ -24,19 +24,19 @@ from tqdm import tqdm
 
 from lib.checkpoint import load_denoiser, warn_if_young, weights_hash
 from lib.device import compile_net, pick_device, use_bf16
-from lib.files import prefetched
 from lib.flags import Parser, interval, number, sampling_flags
-from lib.images import picture_files
-from lib.inception import CLASSES, FEATURES, load_inception
+from lib.images import folder_images
+from lib.inception import CLASSES, FEATURES
+from lib.judges import METRICS, WANTED, gathered, load_judges, spread
 from lib.log import append_score, read_scores
-from lib.npz import Reference, image_rows, open_samples, read_statistics, write_statistics
+from lib.npz import Reference, npz_images, read_statistics, write_statistics
 from lib.run import BadInput, connect, program, rank, rank_batches, say, world_size
 from model import TARGETS
 from sample import METHODS, Sampling, evaluations, generate, pick_classes, with_floor
-from vae import open_vae, read_picture
+from vae import open_vae
 
 # -------------------------------------------------------------------------------------------------
-# Statistics, FID and IS
+# Statistics, FID, IS and MMD
 
 class Statistics:
     """Sums over the images 0 ... n-1, in float64, that FID and IS follow from; no image, feature or
@@ -94,6 +94,19 @@ class Statistics:
         return float(kl.exp().mean())
 
 
+def mmd(a, b) -> float:
+    """1000 times the squared maximum mean discrepancy of two sets of embeddings (N, D) and (M, D),
+    brought to length 1, by a Gaussian kernel of width 10, as CMMD has it (arXiv 2401.09603): mean
+    k(a, a) + mean k(b, b) - 2 mean k(a, b), pairs of one with itself included."""
+    a, b = (F.normalize(torch.as_tensor(rows).double(), dim=1) for rows in (a, b))
+
+    def mean_kernel(p, q):  # exp(-|p - q|² / (2 * 10²)), and |p - q|² = 2 - 2 p·q
+        sums = [torch.exp((part @ q.T - 1) / 100).sum() for part in p.split(1000)]
+        return sum(sums) / (len(p) * len(q))
+
+    return float(1000 * (mean_kernel(a, a) + mean_kernel(b, b) - 2 * mean_kernel(a, b)))
+
+
 def inception_score(logits: torch.Tensor) -> float:
     """Inception Score of logits (N, classes), N >= 10, in the order of the images."""
     n, classes = logits.shape
@@ -122,9 +135,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, root2=None) -> float:
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
 
 
-def load_reference(path) -> Reference:
-    """The Reference in any npz with mu and sigma: ADM's, JiT's, --save-ref's. Raises BadInput."""
-    reference = read_statistics(path, FEATURES)
+def load_reference(path, metrics=("fid",)) -> Reference:
+    """The Reference in any npz with mu and sigma: ADM's, JiT's, --save-ref's. Raises BadInput where
+    it does not hold what these metrics need."""
+    reference = read_statistics(path, FEATURES, metrics)
     reference.root = covariance_root(reference.sigma)
     return reference
 
@@ -137,63 +151,30 @@ def check_size(reference, size):
 
 
 # -------------------------------------------------------------------------------------------------
-# Images to score: (how many, "WIDTHxHEIGHT", this rank's batches of (indices, uint8 (B, 3, H, W)))
+# Images are judged
 
-def evenly(path, count, n):
-    """The indices of n (None: all) of `count` images, evenly spread."""
-    n = n or count
-    if not 2 <= n <= count:
-        raise BadInput(f"{path}: {count} images found, {max(n, 2)} needed")
-    return [i * count // n for i in range(n)]  # the first n would be of few classes
-
-
-def batched(images, batches):
-    for indices in batches:  # images: a stream, in the order of the indices
-        yield indices, torch.stack(list(itertools.islice(images, len(indices))))
-
-
-def folder_images(folder, size, n, batch):
-    """All images below a folder, center-cropped to `size` where given; else all of one size."""
-    paths = picture_files(folder)
-    paths = [paths[i] for i in evenly(folder, len(paths), n)]
-
-    shape = None  # of the first, which all must have
-
-    def read(i):
-        image, reason = read_picture(paths[i], size)
-        if image is None:
-            raise BadInput(f"{paths[i]}: cannot be read as an image ({reason})")
-        if image.shape != (shape or image.shape):
-            raise BadInput(f"{paths[i]}: not of the size of {paths[0]}: crop all with --size")
-        return image                                                    # (3, H, W)
-
-    shape = read(0).shape
-    batches = rank_batches(len(paths), batch)
-    images = prefetched(read, itertools.chain(*batches), 8, 2 * batch)
-    return len(paths), f"{shape[2]}x{shape[1]}", batched(images, batches)
-
-
-def npz_images(path, n, batch):
-    """ADM's `arr_0`, uint8 (N, H, W, 3), read as a stream."""
-    with open_samples(path) as (_, shape):
-        count, height, width, _ = shape
-    rows = evenly(path, count, n)
-    batches = rank_batches(len(rows), batch)
-    images = image_rows(path, [rows[i] for i in itertools.chain(*batches)])
-    images = (image.permute(2, 0, 1) for image in images)               # (3, H, W)
-    return len(rows), f"{width}x{height}", batched(images, batches)
-
-
-def score(batches, n, inception):
-    """The Statistics of images 0 ... n-1, all ranks' together, from this rank's batches of them."""
-    device = inception.fc.weight.device
-    statistics = Statistics(n, device)
+def score(batches, n, judges):
+    """What images 0 ... n-1 come to, all ranks' together, from this rank's batches of (indices,
+    uint8 images). judges: {metric: network}. Returns {metric: Statistics of "fid", else embeddings
+    (up to 10,000, E) fp16}."""
+    device = next(next(iter(judges.values())).parameters()).device
+    statistics, few = Statistics(n, device), set(spread(n))
+    kept = {name: {} for name in judges if name != "fid"}
     with tqdm(total=n, unit="image", disable=rank() > 0 or None) as bar:
         for indices, images in batches:
-            statistics.update(*inception(images.to(device)), indices)
+            seen = {judge: judge(images.to(device)) for judge in set(judges.values())}
+            for name, judge in judges.items():
+                if name == "fid":
+                    statistics.update(*seen[judge], indices)
+                else:
+                    rows = zip(indices, seen[judge][0].half().cpu())
+                    kept[name] |= {i: row for i, row in rows if i in few}
             bar.update(min(len(indices) * world_size(), n - bar.n))
-    statistics.all_reduce()
-    return statistics
+    found = {name: gathered(rows, spread(n)) for name, rows in kept.items()}
+    if "fid" in judges:
+        statistics.all_reduce()
+        found["fid"] = statistics
+    return found
 
 
 # -------------------------------------------------------------------------------------------------
@@ -202,7 +183,7 @@ def score(batches, n, inception):
 # All that a score depends on, and what came out. nfe: evaluations of the velocity an image.
 SETTINGS = ("network", "target", "weights", "step", "cfg", "interval", "steps", "method", "nfe",
             "t_eps", "classes", "vae", "seed", "precision", "n", "reference")
-COLUMNS = (*SETTINGS, "fid", "inception_score", "seconds")
+COLUMNS = (*SETTINGS, "fid", "inception_score", *METRICS[1:], "seconds")
 
 
 def describe(denoiser, vae, reference, n, sampling, classes=None, weights="ema", step=None):
@@ -219,15 +200,19 @@ def describe(denoiser, vae, reference, n, sampling, classes=None, weights="ema",
     return {name: str(value) for name, value in row.items()}
 
 
-def results(statistics, inception, reference, start):
-    """The rest of a row, as texts."""
-    has_is = statistics.n >= 10 and inception.fc.weight.any()  # some files lack the classifier
-    inception_score = f"{statistics.inception_score():.6f}" if has_is else "n/a"
-    return {"fid": f"{statistics.fid(reference):.6f}", "inception_score": inception_score,
-            "seconds": f"{time.monotonic() - start:.1f}"}
+def results(found, judges, reference, start):
+    """The rest of a row, as texts, from what `score` found."""
+    row = {name: f"{mmd(rows, reference.embeddings[name]):.6f}" for name, rows in found.items()
+           if name != "fid"}
+    statistics = found.get("fid")
+    if statistics:
+        row["fid"] = f"{statistics.fid(reference):.6f}"
+        known = statistics.n >= 10 and judges["fid"].fc.weight.any()  # some lack the classifier
+        row["inception_score"] = f"{statistics.inception_score():.6f}" if known else "n/a"
+    return row | {"seconds": f"{time.monotonic() - start:.1f}"}
 
 
-def evaluate(denoiser, vae, inception, reference, n, sampling=Sampling(), batch=64, classes=None,
+def evaluate(denoiser, vae, judges, reference, n, sampling=Sampling(), batch=64, classes=None,
              weights="ema", step=None) -> dict[str, str]:
     """Draw n images and score them, by all ranks alike. Returns a row, {column: text}. classes: ids
     that take turns, all by default. weights, step: only to be noted there."""
@@ -236,12 +221,15 @@ def evaluate(denoiser, vae, inception, reference, n, sampling=Sampling(), batch=
     labels = classes or range(denoiser.net.num_classes)
     batches = ((indices, generate(denoiser, vae, indices, labels, sampling))
                for indices in rank_batches(n, batch))
-    return row | results(score(batches, n, inception), inception, reference, start)
+    return row | results(score(batches, n, judges), judges, reference, start)
 
 
 def result_line(row):
-    facts = {name: text for name, text in row.items() if name not in ("fid", "inception_score")}
-    return f"FID-{row['n']} {row['fid']}  IS {row['inception_score']}  {facts}"
+    scores = {name: text for name, text in row.items() if name in COLUMNS[len(SETTINGS):-1]}
+    facts = {name: text for name, text in row.items() if name not in scores}
+    names = {"fid": f"FID-{row['n']}", "inception_score": "IS"}
+    found = "  ".join(f"{names.get(name, name)} {text}" for name, text in scores.items())
+    return f"{found}  {facts}"
 
 
 def warn_about(n):
@@ -264,7 +252,11 @@ def parse(argv):
     add("--save-ref", type=path, metavar="OUT.npz", help="write statistics of --images or --npz")
     add("--num-samples", type=number(int, 2, 10**7), help="(default: 50000 for --ckpt, else all)")
     add("--size", type=number(int, 1, 4096), help="center-crop --images to this many pixels")
+    add("--metrics", nargs="+", choices=METRICS, default=["fid"], help="fid: FID and IS; mmd: with "
+        "Inception's features; cmmd, dino: with CLIP's and DINOv2's")
     add("--inception", type=path, help="Inception's weights (default: torch's cache, or download)")
+    add("--clip", help=WANTED["cmmd"])
+    add("--dino", help=WANTED["dino"])
     add = parser.add_argument_group("what is drawn from --ckpt; lists make a sweep").add_argument
     add("--weights", nargs="+", choices=("ema", "ema2", "model"), default=["ema"], help="which")
     add("--cfg", nargs="+", type=number(float, 0, 1000), help="guidance scales, 1 = none")
@@ -274,7 +266,7 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def score_files(args, inception, reference):
+def score_files(args, judges, reference):
     start, n = time.monotonic(), args.num_samples
     crop = "center" if args.images and args.size else "none"
     if args.images:
@@ -283,18 +275,20 @@ def score_files(args, inception, reference):
         n, size, batches = npz_images(args.npz, n, args.batch)
     if reference:
         check_size(reference, size)
-    statistics = score(batches, n, inception)
+    found = score(batches, n, judges)
     if args.save_ref and rank() == 0:
-        mu, sigma = statistics.mean_and_covariance()
-        written = write_statistics(args.save_ref, mu, sigma, size=size, count=n, crop=crop)
+        mu, sigma = found["fid"].mean_and_covariance()
+        others = {name: rows for name, rows in found.items() if name != "fid"}
+        written = write_statistics(
+            args.save_ref, mu, sigma, others, size=size, count=n, crop=crop)
         say(f"{written} -> {args.save_ref}")
     if reference:
         warn_about(n)
         row = dict(source=args.images or args.npz, size=size, crop=crop, n=n)
-        say(result_line(row | results(statistics, inception, reference, start)))
+        say(result_line(row | results(found, judges, reference, start)))
 
 
-def score_checkpoint(args, inception, reference, device):
+def score_checkpoint(args, judges, reference, device):
     n, table = args.num_samples or 50000, args.csv or args.ckpt.with_name("fid.csv")
     warn_about(n)
     read_scores(table, COLUMNS)  # fails here, if it has to, like the weights
@@ -319,9 +313,10 @@ def score_checkpoint(args, inception, reference, device):
                                 args.precision, args.seed, args.shift, args.contrast)
             facts = classes, weights, settings.get("step")
             wanted = describe(denoiser, vae, reference, n, sampling, *facts)
-            row = next((row for row in known if wanted.items() <= row.items()), None)
+            row = next((row for row in known if wanted.items() <= row.items()
+                        and all(row[metric] for metric in args.metrics)), None)
             if row is None:  # else it has been measured before
-                row = evaluate(denoiser, vae, inception, reference, n, sampling, args.batch, *facts)
+                row = evaluate(denoiser, vae, judges, reference, n, sampling, args.batch, *facts)
                 known.append(row)
                 append_score(table, COLUMNS, row)
             say(result_line(row))
@@ -333,17 +328,19 @@ def main(argv=None):
     out = args.save_ref
     if not args.ref and (args.ckpt or not out):
         raise BadInput("nothing to compare with: give --ref (--images with --save-ref makes one)")
+    if out and "fid" not in args.metrics:
+        raise BadInput("--save-ref: the statistics of FID belong to it: --metrics fid and others")
     if out and (args.ckpt or out.suffix != ".npz" or not os.access(out.absolute().parent, os.W_OK)):
         raise BadInput(f"--save-ref {out}: expected --images or --npz, and NAME.npz in a folder")
     connect()
     device = pick_device()
-    inception = load_inception(args.inception, device)
-    reference = load_reference(args.ref) if args.ref else None
+    judges = load_judges(args.metrics, args.inception, args.clip, args.dino, device)
+    reference = load_reference(args.ref, args.metrics) if args.ref else None
     say(reference or "no reference: statistics alone")
     if args.ckpt:
-        score_checkpoint(args, inception, reference, device)
+        score_checkpoint(args, judges, reference, device)
     else:
-        score_files(args, inception, reference)
+        score_files(args, judges, reference)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import fid
+import lib.judges
 import sample
 import train
 import vae
@@ -876,11 +877,12 @@ def test_a_network_is_scored_by_what_it_draws(trained, tmp_path, monkeypatch):
     inception, rng, ref = SmallInception(), np.random.default_rng(1), tmp_path / "ref.npz"
     monkeypatch.setattr(fid.Statistics.__init__, "__defaults__", ("cpu", 16, 1008))
     monkeypatch.setattr(fid, "FEATURES", 16)
-    monkeypatch.setattr(fid, "load_inception", lambda path, device: inception)
+    monkeypatch.setattr(lib.judges, "load_inception", lambda path, device: inception)
     write_statistics(ref, rng.standard_normal(16), np.cov(rng.standard_normal((16, 40))))
     denoiser, pixels = load_denoiser(trained[1] / "ema.safetensors"), vae.load_vae("pixels")
     sampling, reference = sample.Sampling(cfg=2.0, steps=5, seed=3), fid.load_reference(ref)
-    row = fid.evaluate(denoiser, pixels, inception, reference, 20, sampling, 8, classes=[1, 2])
+    judges = {"fid": inception}
+    row = fid.evaluate(denoiser, pixels, judges, reference, 20, sampling, 8, classes=[1, 2])
     images = [sample.generate(denoiser, pixels, part, [1, 2], sampling)
               for part in (range(8), range(8, 16), range(16, 20))]
     features, logits = inception(torch.cat(images))
@@ -907,7 +909,8 @@ torch.manual_seed(0)
 inception = lib.inception.Inception().eval().requires_grad_(False)
 [v.fill_(1 / 6) for name, v in inception.state_dict().items() if "running_var" in name]
 images = torch.randint(0, 256, (12, 3, 40, 40), dtype=torch.uint8)
-cpu, gpu = (fid.score([(range(12), images)], 12, inception.to(where)) for where in ("cpu", "cuda"))
+cpu, gpu = (fid.score([(range(12), images)], 12, {"fid": inception.to(where)})["fid"]
+            for where in ("cpu", "cuda"))
 for a, b in zip(cpu.mean_and_covariance(), gpu.mean_and_covariance()):
     assert (a - b).abs().max() < 1e-3 * a.abs().max()
 assert abs(cpu.inception_score() - gpu.inception_score()) < 1e-8

@@ -187,7 +187,7 @@ class Run:
             self.vae = codec.open_vae(self.drawing, data.shape[0], args.vae, self.device)
         if args.eval_every:
             self.reference = fid.load_reference(args.ref)
-            self.inception = fid.load_inception(args.inception, self.device)
+            self.judges = fid.load_judges(["fid"], args.inception, device=self.device)
             side = data.shape[1] * self.vae.stride
             fid.check_size(self.reference, f"{side}x{side}")
 
@@ -285,7 +285,7 @@ class Run:
         """FID of the first average's samples, by all ranks."""
         args, names = self.args, ("fid", "inception_score")
         row = fid.evaluate(
-            self.emas[0], self.vae, self.inception, self.reference, args.eval_n,
+            self.emas[0], self.vae, self.judges, self.reference, args.eval_n,
             Sampling(cfg=args.cfg, precision=args.precision, seed=args.seed))
         return {"fid_n": args.eval_n} | {n: float(row[n]) for n in names if row[n] != "n/a"}
 

@@ -36,6 +36,8 @@ class Ablation(Denoiser):
         for i, one in enumerate(cls.techniques()):
             for option, details in one.options.items():
                 flag = f"--{one.name}-{option}" if i else f"--{option}"
+                if "action" not in details:
+                    details = details | {"metavar": option.upper()}
                 add(flag, dest=f"{one.name}_{option}", **details)
 
     @classmethod

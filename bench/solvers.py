@@ -24,6 +24,7 @@ from bench.chart import COLOURS, picture, pyplot, save
 from lib.checkpoint import load_denoiser, weights_hash
 from lib.device import pick_device
 from lib.flags import Parser, number
+from lib.inception import load_inception
 from lib.log import append_score, read_scores
 from lib.run import program, rank_batches, say
 from sample import balanced_labels, guided_velocity, image_noise, ode_sample
@@ -85,7 +86,7 @@ def measure_fid(denoiser, solver, cfg, evaluations, n, seed, vae, inception, ref
             z, count = solve(denoiser, solver, cfg, evaluations, indices, seed)
             yield indices, to_uint8(vae.decode(z))
 
-    statistics = fid.score(batches(), n, inception)
+    statistics = fid.score(batches(), n, {"fid": inception})["fid"]
     return statistics.fid(reference), count
 
 
@@ -133,7 +134,7 @@ def main(argv=None):
     read_scores(args.csv, COLUMNS)
     measure = f"FID-{n}" if args.ref else "distance to a fine solution"
     if args.ref:
-        reference, inception = fid.load_reference(args.ref), fid.load_inception(args.inception)
+        reference, inception = fid.load_reference(args.ref), load_inception(args.inception)
     for path, seed in itertools.product(args.ckpts, args.seed):
         denoiser = load_denoiser(path, device=device)
         vae = open_vae(denoiser.settings, denoiser.net.in_channels, args.vae, device)

@@ -71,10 +71,9 @@ def sampling_flags(parser, defaults, methods, targets):
         help="latent height, for a file that does not say it")
 
 
-def training_args(argv, presets, targets, sizes, ablation=None):
-    """What train.py was given, and an ablation; where no default stands here, the preset has it."""
-    preset = "demo" if "--demo" in (sys.argv if argv is None else argv) else "imagenet"
-    parser, path = Parser("Train a JLT."), pathlib.Path
+def training_flags(parser, targets, sizes):
+    """The flags of train.py; where no default stands here, the preset has it."""
+    path = pathlib.Path
     add = parser.add_argument_group("what is trained").add_argument
     add("--demo", action="store_true",
         help="small digits in minutes on a CPU; any other flag beside it wins over this preset")
@@ -121,8 +120,16 @@ def training_args(argv, presets, targets, sizes, ablation=None):
     add("--ref", type=path, help="reference statistics, npz")
     add("--eval-n", type=number(int, 2), default=10_000, help="images scored each time")
     add("--inception", type=path, help="the FID network (default: torch's cache, or download)")
+
+
+def training_args(argv, presets, targets, sizes, ablation=None):
+    """What train.py was given, and an ablation."""
+    preset = "demo" if "--demo" in (sys.argv if argv is None else argv) else "imagenet"
+    parser = Parser("Train a JLT.")
+    training_flags(parser, targets, sizes)
     if ablation:
-        ablation.flags(parser.add_argument_group(f"the technique {ablation.name}").add_argument)
+        title = f"the technique {ablation.name} (--with NAME joins another)"
+        ablation.flags(parser.add_argument_group(title).add_argument)
     parser.set_defaults(**presets[preset])
     args = parser.parse_args(argv)
     if args.lr is None:
@@ -134,5 +141,5 @@ def training_args(argv, presets, targets, sizes, ablation=None):
     if args.out is None:
         loss = "" if args.loss == "v" else f"-{args.loss}loss"
         name = f"-{ablation.name}" if ablation else ""
-        args.out = path(f"out/{preset}-{args.model}{args.patch}-{args.target}{loss}{name}")
+        args.out = pathlib.Path(f"out/{preset}-{args.model}{args.patch}-{args.target}{loss}{name}")
     return args

@@ -1,5 +1,6 @@
 """Picture files: which ones there are, what a person sees in them, and the demo's drawn digits."""
 import io
+import itertools
 import math
 import os
 import pathlib
@@ -8,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lib.run import BadInput, barrier, rank
+from lib.files import prefetched
+from lib.run import BadInput, barrier, rank, rank_batches
 
 Image.init()  # loads all formats now: threads that open the first images would meet half of them
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]  # none that starts a program
@@ -85,6 +87,40 @@ def list_images(folder):
             raise BadInput(f"{folder / name}: a class folder without images: remove it")
         items += [(path, label) for path in sorted(found)]
     return classes, items
+
+
+def evenly(path, count, n):
+    """The indices of n (None: all) of `count` images, evenly spread."""
+    n = n or count
+    if not 2 <= n <= count:
+        raise BadInput(f"{path}: {count} images found, {max(n, 2)} needed")
+    return [i * count // n for i in range(n)]  # the first n would be of few classes
+
+
+def batched(images, batches):
+    for indices in batches:  # images: a stream, in the order of the indices
+        yield indices, torch.stack(list(itertools.islice(images, len(indices))))
+
+
+def folder_images(folder, size, n, batch):
+    """All images below a folder, center-cropped to `size` where given; else all of one size."""
+    paths = picture_files(folder)
+    paths = [paths[i] for i in evenly(folder, len(paths), n)]
+
+    shape = None  # of the first, which all must have
+
+    def read(i):
+        image, reason = read_picture(paths[i], size)
+        if image is None:
+            raise BadInput(f"{paths[i]}: cannot be read as an image ({reason})")
+        if image.shape != (shape or image.shape):
+            raise BadInput(f"{paths[i]}: not of the size of {paths[0]}: crop all with --size")
+        return image                                                    # (3, H, W)
+
+    shape = read(0).shape
+    batches = rank_batches(len(paths), batch)
+    images = prefetched(read, itertools.chain(*batches), 8, 2 * batch)
+    return len(paths), f"{shape[2]}x{shape[1]}", batched(images, batches)
 
 
 def draw_digits(folder, per_class, seed=0, size=32):

@@ -37,11 +37,11 @@ def read_scores(path, columns):
     """The rows of a table of scores; none where there is no file. Raises BadInput where it is
     another kind of table, or where it could not be written."""
     found, rows = read_table(path)
-    if found and found != list(columns):
+    if found and found != [name for name in columns if name in found]:  # older ones have fewer
         raise BadInput(f"{path}: not a table of these scores: choose another --csv")
     if not found and not os.access(path.absolute().parent, os.W_OK):
         raise BadInput(f"{path}: its folder does not exist or cannot be written to")
-    return rows
+    return [dict.fromkeys(columns, "") | row for row in rows]
 
 
 def append_score(path, columns, row):

@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import zipfile
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 
 from lib.files import atomic, check_disk
-from lib.run import BadInput, barrier, rank
+from lib.images import batched, evenly
+from lib.judges import METRICS
+from lib.run import BadInput, barrier, rank, rank_batches
 
 
 @contextlib.contextmanager
@@ -29,6 +32,7 @@ class Reference:
     sigma: torch.Tensor   # (features, features) float64
     hash: str             # of both: it names the reference wherever a score is written
     about: dict           # what the file says of its images: size, count, crop
+    embeddings: dict      # {metric: (N, E) fp16}, of those but FID that it is good for
     root: torch.Tensor | None = None  # of sigma, once somebody has computed it
 
     def __str__(self):
@@ -36,12 +40,13 @@ class Reference:
         return f"reference {self.hash} ({', '.join(known)})"
 
 
-def read_statistics(path, width: int) -> Reference:
-    """The Reference in any npz with `mu` (width,) and `sigma` (width, width). Raises BadInput where
-    they cannot be right."""
+def read_statistics(path, width: int, metrics=("fid",)) -> Reference:
+    """The Reference in any npz with `mu` (width,) and `sigma` (width, width), for other metrics
+    than FID with their embeddings. Raises BadInput where something is missing or not right."""
     with reading(path), np.load(path, allow_pickle=False) as file:
         mu, sigma = (np.ascontiguousarray(file[name], np.float64) for name in ("mu", "sigma"))
         about = json.loads(str(file["meta"])) if "meta" in file else {}  # only ours have it
+        embeddings = {name: torch.from_numpy(file[name]) for name in METRICS if name in file}
         digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:12]
         if mu.shape != (width,) or sigma.shape != (width, width):
             raise ValueError(f"mu {mu.shape}, sigma {sigma.shape}, expected {width} features")
@@ -51,18 +56,23 @@ def read_statistics(path, width: int) -> Reference:
             raise ValueError("values that are not finite")
         if np.abs(sigma - sigma.T).max() > 1e-5 * np.abs(sigma).max() or (np.diag(sigma) < 0).any():
             raise ValueError("sigma is no covariance")
+    missing = [name for name in metrics if name not in ("fid", *embeddings)]
+    if missing:
+        raise BadInput(f"--ref {path}: no embeddings for {' '.join(missing)}: make it anew with "
+                       f"--images FOLDER --save-ref and --metrics fid {' '.join(missing)}")
     sigma = (sigma + sigma.T) / 2
-    return Reference(torch.from_numpy(mu), torch.from_numpy(sigma), digest, about)
+    return Reference(torch.from_numpy(mu), torch.from_numpy(sigma), digest, about, embeddings)
 
 
-def write_statistics(path, mu, sigma, **about):
+def write_statistics(path, mu, sigma, embeddings=None, **about):
     """Write what read_statistics reads; `about` as JSON in the array `meta`. Returns that."""
+    arrays = {name: rows.numpy() for name, rows in (embeddings or {}).items()}
     mu, sigma = np.asarray(mu), np.asarray(sigma)
     digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:12]
     about["hash"] = digest
     with atomic(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, mu=mu, sigma=sigma, meta=json.dumps(about, sort_keys=True))
-    return Reference(mu, sigma, digest, about)
+        np.savez(file, mu=mu, sigma=sigma, meta=json.dumps(about, sort_keys=True), **arrays)
+    return Reference(mu, sigma, digest, about, embeddings or {})
 
 
 @contextlib.contextmanager
@@ -85,6 +95,17 @@ def image_rows(path, rows):
             stream.seek(start + i * size)
             pixels = bytearray(stream.read(size))
             yield torch.frombuffer(pixels, dtype=torch.uint8).reshape(shape[1:])
+
+
+def npz_images(path, n, batch):
+    """ADM's `arr_0`, uint8 (N, H, W, 3), read as a stream."""
+    with open_samples(path) as (_, shape):
+        count, height, width, _ = shape
+    rows = evenly(path, count, n)
+    batches = rank_batches(len(rows), batch)
+    images = image_rows(path, [rows[i] for i in itertools.chain(*batches)])
+    images = (image.permute(2, 0, 1) for image in images)               # (3, H, W)
+    return len(rows), f"{width}x{height}", batched(images, batches)
 
 
 def write_npz(path, n, size, batches):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fid
+import lib.judges
 import train
 from lib.checkpoint import export_tensors, save_checkpoint
 from lib.npz import write_statistics
@@ -80,7 +81,7 @@ def use_small_inception(setattr):
     network = SmallInception()
     setattr(fid, "FEATURES", 16)
     setattr(fid.Statistics.__init__, "__defaults__", ("cpu", 16, 1008))
-    setattr(fid, "load_inception", lambda path, device: network)
+    setattr(lib.judges, "load_inception", lambda path, device: network)
 
 
 @pytest.fixture

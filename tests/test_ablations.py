@@ -323,7 +323,7 @@ def test_mistakes_are_told_in_one_line(cache, plain, finished, tmp_path, refused
         return lambda argv: main(load(name), argv)
     refused(train_with("contrastive"), flags(cache, plain), "another ablation")
     refused(train.main, flags(cache, tmp_path / "new", "--share", "0.5"), "--share")
-    refused(train_with("repa"), flags(cache, tmp_path), "--teacher is needed")
+    refused(train_with("repa"), flags(cache, tmp_path), "required: --teacher")
     refused(train_with("repa"), [*REPA, *flags(finished[0], tmp_path)], "--keep-images")
     refused(train_with("repa"), ["--teacher", "nowhere:load", *flags(cache, tmp_path)], "nowhere")
     refused(train_with("repa"), ["--teacher", "a.pth", *flags(cache, tmp_path)], "a.pth")
@@ -354,4 +354,4 @@ def test_the_papers_run_imports_no_technique():
     code = "import sys, train; assert not [m for m in sys.modules if m.startswith('ablations')]"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert sorted(NAMES) == sorted(path.stem for path in ROOT.glob("ablations/*.py")
-                                   if path.stem not in ("__init__", "logbook"))
+                                   if path.stem not in ("__init__", "logbook", "studies"))

@@ -1,11 +1,10 @@
 """What in bench/ has a closed form, and the tables and logs that it reads."""
-import pathlib
 
 import pytest
 import torch
 
-from bench import curves, geometry, guidance, nine, spectrum
-from lib.log import error_columns, write_table
+from bench import geometry, guidance, spectrum
+from lib.log import write_table
 from lib.run import BadInput
 from model import TARGETS, Denoiser, slope
 
@@ -71,28 +70,6 @@ def test_geometry_finds_the_best_network_on_the_line(target):
               "v": row["v"]["ambiguity"]}
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=0.06, atol=1e-5)
-
-
-def write_log(run):
-    run.mkdir(exist_ok=True)
-    row = dict.fromkeys(["step", *error_columns("fit")], 2.0) | {"step": 8}
-    write_table(run / "log.csv", list(row), [{"step": 1}, row])
-
-
-def test_nine_combinations_make_a_table_and_curves_of_their_logs(tmp_path, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(nine.train, "main", lambda argv: asked.append(argv) or write_log(
-        pathlib.Path(argv[argv.index("--out") + 1])))
-    assert nine.main(["cache", "--out", str(tmp_path), "--steps", "8", "--val", "other"]) == 0
-    assert len(asked) == 11 and {tuple(argv[-2:]) for argv in asked} == {("--val", "other")}
-    assert [argv[1:6:2] for argv in asked[-2:]] == [["v", "v", "1"], ["x", "x", "1"]]
-    assert "| eps | x | 0 | 8 | 2 | 2 |" in capsys.readouterr().out
-    log = curves.read_log(tmp_path / "eps-xloss-seed0")
-    assert log == {8: (2.0, {(k + 0.5) / 10: 2.0 for k in range(10)})}
-    with pytest.raises(BadInput):
-        curves.read_log(tmp_path / "eps-xloss-seed0", "val")
-    monkeypatch.setattr(nine.train, "main", lambda argv: 143)
-    assert nine.main(["cache", "--out", str(tmp_path)]) == 143  # stopped: so is this
 
 
 def test_guidance_draws_a_line_for_each_interval(tmp_path):

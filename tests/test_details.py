@@ -103,8 +103,9 @@ def test_inception_score_wants_ten_images_and_fid_two(small_inception, tmp_path)
     reference = fid.load_reference(reference)
     for n, known in ((9, False), (10, True)):
         images = torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8)
-        statistics = fid.score([(range(n), images)], n, network)
-        row = fid.results(statistics, network, reference, 0.0)
+        judges = {"fid": network}
+        found = fid.score([(range(n), images)], n, judges)
+        row = fid.results(found, judges, reference, 0.0)
         assert (row["inception_score"] != "n/a") == known
     argv = ["--ckpt", "a", "--ref", "b", "--num-samples"]
     assert fid.parse([*argv, "2"]).num_samples == 2

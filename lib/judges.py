@@ -1,0 +1,43 @@
+"""The networks behind the metrics, each loaded once; their embeddings, gathered."""
+import torch
+import torch.distributed as dist
+
+from lib.inception import load_inception
+from lib.run import BadInput, world_size
+from lib.vit import load_vit
+
+EMBEDDINGS = 10_000
+METRICS = ("fid", "mmd", "cmmd", "dino")
+WANTED = {"cmmd": "--clip openai/clip-vit-large-patch14-336, or a file or folder of it",
+          "dino": "--dino facebook/dinov2-with-registers-large, or a file or folder of it"}
+
+
+def load_judges(metrics, inception=None, clip=None, dino=None, device="cpu"):
+    """{metric: network} in the order of METRICS; fid and mmd share Inception. inception, clip,
+    dino: where their weights are. Raises BadInput for weights that are missing."""
+    judges = {}
+    for metric in METRICS:
+        if metric in ("fid", "mmd") and metric in metrics:
+            judges[metric] = judges.get("fid") or load_inception(inception, device)
+        elif metric in metrics:
+            path = {"cmmd": clip, "dino": dino}[metric]
+            if path is None:
+                raise BadInput(f"--metrics {metric}: give {WANTED[metric]}")
+            judges[metric] = load_vit(path, device=device)
+    return judges
+
+
+def spread(n):
+    """The indices, at most 10,000 and evenly spread over n images, that an MMD is computed from."""
+    count = min(n, EMBEDDINGS)
+    return [i * n // count for i in range(count)]
+
+
+def gathered(rows, indices):
+    """{index: embedding (E,)} of all ranks as one tensor (indices, E)."""
+    parts = [rows]
+    if dist.is_initialized():
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, rows)
+    everything = {i: row for part in parts for i, row in part.items()}
+    return torch.stack([everything[i] for i in indices])
