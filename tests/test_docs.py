@@ -11,7 +11,7 @@ from model import SIZES, TARGETS
 from test_all import ROOT
 from train import PRESETS
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / ".github/CONTRIBUTING.md"]
+PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 CODE = re.compile(r"```python\n(.*?)```", re.S)
 
 
