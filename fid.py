@@ -27,7 +27,7 @@ from lib.device import compile_net, pick_device, use_bf16
 from lib.flags import Parser, interval, number, sampling_flags
 from lib.images import folder_images
 from lib.inception import CLASSES, FEATURES
-from lib.judges import METRICS, WANTED, gathered, load_judges, spread
+from lib.judges import METRICS, gathered, judge_flags, load_judges, spread
 from lib.log import append_score, read_scores
 from lib.npz import Reference, npz_images, read_statistics, write_statistics
 from lib.run import BadInput, connect, program, rank, rank_batches, say, world_size
@@ -128,8 +128,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, root2=None) -> float:
     mu1, mu2 = (torch.as_tensor(mu, dtype=torch.float64) for mu in (mu1, mu2))
     sigma1, sigma2 = (torch.as_tensor(s, dtype=torch.float64) for s in (sigma1, sigma2))
     root2 = covariance_root(sigma2) if root2 is None else root2         # (d, rank)
-    # With sigma2 = R Rᵀ, sigma1 sigma2 has the eigenvalues of Rᵀ sigma1 R, but for zeros. That is
-    # symmetric: no general matrix root is needed, and singular covariances need no care.
+    # With sigma2 = R Rᵀ, sigma1 sigma2 has the eigenvalues of Rᵀ sigma1 R, but for zeros. That
+    # is symmetric: no general matrix root is needed, and singular covariances need no care.
     product = root2.T @ sigma1 @ root2                                  # (rank, rank)
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
@@ -162,13 +162,17 @@ def score(batches, n, judges):
     kept = {name: {} for name in judges if name != "fid"}
     with tqdm(total=n, unit="image", disable=rank() > 0 or None) as bar:
         for indices, images in batches:
-            seen = {judge: judge(images.to(device)) for judge in set(judges.values())}
+            images = images.to(device)
+            # Metrics may share a network, which then sees the images once.
+            seen = {judge: judge(images) for judge in set(judges.values())}
             for name, judge in judges.items():
+                embeddings, logits = seen[judge]
                 if name == "fid":
-                    statistics.update(*seen[judge], indices)
-                else:
-                    rows = zip(indices, seen[judge][0].half().cpu())
-                    kept[name] |= {i: row for i, row in rows if i in few}
+                    statistics.update(embeddings, logits, indices)
+                    continue
+                for i, row in zip(indices, embeddings.half().cpu()):
+                    if i in few:
+                        kept[name][i] = row
             bar.update(min(len(indices) * world_size(), n - bar.n))
     found = {name: gathered(rows, spread(n)) for name, rows in kept.items()}
     if "fid" in judges:
@@ -202,14 +206,16 @@ def describe(denoiser, vae, reference, n, sampling, classes=None, weights="ema",
 
 def results(found, judges, reference, start):
     """The rest of a row, as texts, from what `score` found."""
-    row = {name: f"{mmd(rows, reference.embeddings[name]):.6f}" for name, rows in found.items()
-           if name != "fid"}
-    statistics = found.get("fid")
-    if statistics:
-        row["fid"] = f"{statistics.fid(reference):.6f}"
-        known = statistics.n >= 10 and judges["fid"].fc.weight.any()  # some lack the classifier
-        row["inception_score"] = f"{statistics.inception_score():.6f}" if known else "n/a"
-    return row | {"seconds": f"{time.monotonic() - start:.1f}"}
+    row = {}
+    for name, what in found.items():
+        if name != "fid":
+            row[name] = f"{mmd(what, reference.embeddings[name]):.6f}"
+            continue
+        row["fid"] = f"{what.fid(reference):.6f}"
+        known = what.n >= 10 and judges["fid"].fc.weight.any()  # some files lack the classifier
+        row["inception_score"] = f"{what.inception_score():.6f}" if known else "n/a"
+    row["seconds"] = f"{time.monotonic() - start:.1f}"
+    return row
 
 
 def evaluate(denoiser, vae, judges, reference, n, sampling=Sampling(), batch=64, classes=None,
@@ -252,11 +258,7 @@ def parse(argv):
     add("--save-ref", type=path, metavar="OUT.npz", help="write statistics of --images or --npz")
     add("--num-samples", type=number(int, 2, 10**7), help="(default: 50000 for --ckpt, else all)")
     add("--size", type=number(int, 1, 4096), help="center-crop --images to this many pixels")
-    add("--metrics", nargs="+", choices=METRICS, default=["fid"], help="fid: FID and IS; mmd: with "
-        "Inception's features; cmmd, dino: with CLIP's and DINOv2's")
-    add("--inception", type=path, help="Inception's weights (default: torch's cache, or download)")
-    add("--clip", help=WANTED["cmmd"])
-    add("--dino", help=WANTED["dino"])
+    judge_flags(add)
     add = parser.add_argument_group("what is drawn from --ckpt; lists make a sweep").add_argument
     add("--weights", nargs="+", choices=("ema", "ema2", "model"), default=["ema"], help="which")
     add("--cfg", nargs="+", type=number(float, 0, 1000), help="guidance scales, 1 = none")

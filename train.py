@@ -26,7 +26,7 @@ from lib.cache import check_latents, mean_latent
 from lib.checkpoint import export_tensors, is_young, load_init, resume, run_tensors
 from lib.checkpoint import save_checkpoint
 from lib.device import compile_net, compiled_graphs, data_parallel, peak_memory, pick_device
-from lib.device import uncompiled, use_bf16
+from lib.device import pinned, uncompiled, use_bf16
 from lib.files import lock_folder, prefetched
 from lib.flags import training_args
 from lib.images import draw_digits
@@ -94,9 +94,8 @@ def read_micro(data, seed, step, batch, places):
     type, labels, normals (fp32) for the times, which labels to hide (bool)."""
     normals, hide, flip = (values[places] for values in draws(seed, step, batch))
     x, y = data.batch(stream(seed, step * batch + places, len(data)), flip < 0.5)
-    parts = x, y, torch.from_numpy(normals), torch.from_numpy(hide < OBJECTIVE["label_drop"])
-    # Pinned memory is copied to a GPU without anybody waiting.
-    return [part.pin_memory() for part in parts] if torch.cuda.is_available() else parts
+    drop = torch.from_numpy(hide < OBJECTIVE["label_drop"])
+    return [pinned(part) for part in (x, y, torch.from_numpy(normals), drop)]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ class Run:
         args = self.args
         self.data = codec.LatentDataset(args.latents)
         check_latents(self.data)
-        self.mean_latent = mean_latent(self.data)
+        self.mean_latent = mean_latent(self.data) if rank() == 0 else None  # rank 0 saves it
         self.val = codec.LatentDataset(args.val) if args.val else None  # never trained on
         if self.val and (wrong := self.data.differs(self.val)):
             raise BadInput(f"--val {args.val}: another {', '.join(wrong)} than {args.latents}")
@@ -205,6 +204,7 @@ class Run:
         args, (step, k) = self.args, job
         places = self.first + k * self.micro + np.arange(self.micro)
         more = self.denoiser.more(step, places) if self.ablation else {}
+        more = {name: pinned(part) for name, part in more.items()}
         return read_micro(self.data, args.seed, step, args.batch, places), more
 
     def train_step(self):

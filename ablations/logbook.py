@@ -115,7 +115,7 @@ def main(argv=None):
     add("--val", type=path, help="cache of images that training never sees")
     add("--ref", type=path, help="reference statistics, npz; without it nothing is scored")
     add("--inception", type=path, help="Inception's weights (default: as fid.py)")
-    add("--metrics", nargs="+", default=["fid"], help="as in fid.py")
+    add("--metrics", nargs="+", choices=("fid", "mmd"), default=["fid"], help="as in fid.py")
     add("--fid-n", type=number(int, 2), default=5000, help="images scored")
     add("--teacher", help="of REPA; without it that is left out")
     add("--hidden", type=number(int, 1), default=2048, help="width of REPA's projector")
@@ -129,6 +129,9 @@ def main(argv=None):
     todo = [row for row in rows if scores(out / row.name).get("step") != str(args.steps)]
     say(f"{len(rows)} runs, {len(todo)} to train: {', '.join(row.name for row in todo)}; about "
         f"{estimate(args, todo):.1f} hours, scores apart")
+    if args.ref:  # what scoring needs is seen to before the hours of training
+        fid.load_reference(args.ref, args.metrics)
+        fid.load_judges(args.metrics, args.inception)
     table = []
     for row in rows:
         run = out / row.name

@@ -74,7 +74,7 @@ def differing(one, other):
 
 
 def finished_shards(out, paths, settings, read):
-    """The shards that need not be written again. Raises BadInput for one of another """
+    """The shards that need not be written again. Raises BadInput for one of another cache."""
     finished = []
     for path in shard_files(out):
         _, theirs = read_header(path)

@@ -30,6 +30,12 @@ def cores() -> int:
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def pinned(tensor):
+    """The tensor in pinned memory, from where it is copied to a GPU without anybody waiting; as it
+    is where there is no GPU, or where it is there already."""
+    return tensor.pin_memory() if torch.cuda.is_available() and not tensor.is_cuda else tensor
+
+
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether the network runs in bf16: where asked, by "auto" where CUDA has it in hardware."""
     if precision != "auto":

@@ -103,7 +103,9 @@ def batched(images, batches):
 
 
 def folder_images(folder, size, n, batch):
-    """All images below a folder, center-cropped to `size` where given; else all of one size."""
+    """All images below a folder, center-cropped to `size` where given; else all of one size. n: how
+    many, None for all. Returns (how many, "WIDTHxHEIGHT", this rank's batches of (indices, uint8
+    images (B, 3, H, W))). Raises BadInput."""
     paths = picture_files(folder)
     paths = [paths[i] for i in evenly(folder, len(paths), n)]
 

@@ -1,4 +1,6 @@
 """The networks behind the metrics, each loaded once; their embeddings, gathered."""
+import pathlib
+
 import torch
 import torch.distributed as dist
 
@@ -10,6 +12,16 @@ EMBEDDINGS = 10_000
 METRICS = ("fid", "mmd", "cmmd", "dino")
 WANTED = {"cmmd": "--clip openai/clip-vit-large-patch14-336, or a file or folder of it",
           "dino": "--dino facebook/dinov2-with-registers-large, or a file or folder of it"}
+
+
+def judge_flags(add):
+    """The flags of what is measured and of where the networks' weights are."""
+    add("--metrics", nargs="+", choices=METRICS, default=["fid"],
+        help="fid: FID and IS; mmd: with Inception's features; cmmd, dino: with CLIP's, DINOv2's")
+    add("--inception", type=pathlib.Path,
+        help="Inception's weights (default: torch's cache, or download)")
+    add("--clip", help=WANTED["cmmd"])
+    add("--dino", help=WANTED["dino"])
 
 
 def load_judges(metrics, inception=None, clip=None, dino=None, device="cpu"):

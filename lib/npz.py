@@ -98,7 +98,7 @@ def image_rows(path, rows):
 
 
 def npz_images(path, n, batch):
-    """ADM's `arr_0`, uint8 (N, H, W, 3), read as a stream."""
+    """ADM's `arr_0`, uint8 (N, H, W, 3), read as a stream; the same as folder_images returns."""
     with open_samples(path) as (_, shape):
         count, height, width, _ = shape
     rows = evenly(path, count, n)

@@ -36,6 +36,8 @@ def asked(monkeypatch, tmp_path):
         return 0
     monkeypatch.setattr(train, "main", learn)
     monkeypatch.setattr(fid, "main", score)
+    monkeypatch.setattr(fid, "load_reference", lambda path, metrics: None)
+    monkeypatch.setattr(fid, "load_judges", lambda metrics, inception: None)
     monkeypatch.setattr(logbook, "estimate", lambda args, rows: len(rows))
     return calls
 
@@ -78,6 +80,13 @@ def test_techniques_are_trained_by_their_classes_and_repa_where_there_is_a_teach
 def test_a_study_that_is_stopped_stops(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "main", lambda argv, technique: 143)
     assert study("nine", tmp_path) == 143
+
+
+def test_what_scoring_needs_is_seen_to_before_training(monkeypatch, tmp_path, refused):
+    monkeypatch.setattr(train, "main", lambda argv, technique: pytest.fail("it has begun"))
+    monkeypatch.setattr(logbook, "estimate", lambda args, rows: 0)
+    refused(logbook.main, ["--study", "nine", "--latents", "cache", "--out", tmp_path,
+                           "--ref", tmp_path / "nowhere.npz"], "nowhere.npz")
 
 
 def test_hours_are_estimated_from_a_few_steps(tmp_path):
