@@ -88,9 +88,9 @@ def remembered():
 def main(argv=None):
     parser = Parser("Store EfficientNet's tokens of all images of a cache, mirrored ones as well.")
     parser.add_argument("cache", type=pathlib.Path, help="made by vae.py --keep-images")
-    data, teacher = LatentDataset(parser.parse_args(argv).cache), load()
+    data, teacher = LatentDataset(parser.parse_args(argv).cache), torch.compile(load())
     keys, tokens = [], []
-    for rows in tqdm(np.array_split(np.arange(len(data)), -(-len(data) // 128))):
+    for rows in tqdm(np.array_split(np.arange(len(data)), -(-len(data) // 16))):  # fit a cache
         for flip in (False, True)[:1 + data.mirrored]:
             images = data.pictures(rows, np.full(len(rows), flip))
             keys.append(keys_of(images))

@@ -21,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib.device import compile_net, peak_memory, pick_device
 from lib.flags import Parser, training_args
+from lib.inception import Inception
 from lib.run import program, say
+from lib.taef2 import Taef2
 from model import JLT, SIZES, TARGETS, Denoiser
-from sample import guided_velocity
+from sample import guided_velocity, ode_sample
 from train import CLIP, PRESETS, Run
 from vae import DTYPES, LatentDataset
 
@@ -158,6 +160,21 @@ def sampling(model, folder):
     yield from compare(f"velocity, batch {N}", N, tasks, flops)
 
 
+@torch.no_grad()
+def scoring(model, folder):
+    """The parts of an FID cell, guided: on a CPU of small images, or it would take hours."""
+    side = 16 if CUDA else 4
+    denoiser = Denoiser(JLT(side, 1, 128, **SIZES[model]).to(DEVICE).eval())
+    compile_net(denoiser.net, DEVICE)
+    velocity, z = guided_velocity(denoiser, Y, 2.9), Z[:, :, :side, :side]
+    codec, inception = Taef2().to(DEVICE), Inception().to(DEVICE).eval()
+    images = torch.zeros(N, 3, 16 * side, 16 * side, dtype=torch.uint8, device=DEVICE)
+    tasks = {"drawing, 99 evaluations": partial(ode_sample, velocity, z, 50),
+             "drawing, 27 evaluations": partial(ode_sample, velocity, z, 25, "ab2", (0.1,)),
+             "decoding by taef2": partial(codec.decode, z), "Inception": partial(inception, images)}
+    yield from compare(f"an FID cell of {16 * side}², batch {N}", N, tasks)
+
+
 def growth(model, folder):
     """How a training step grows with the batch and with the patch."""
     for batch, patch in (N, 1), (N // 2, 1), (N // 4, 1), (N, 2), (N, 4):
@@ -165,7 +182,8 @@ def growth(model, folder):
         yield from compare(f"training step, patch {patch}", batch, {f"batch {batch}": step})
 
 
-SECTIONS = {section.__name__: section for section in (forward, training, reading, sampling, growth)}
+SECTIONS = {section.__name__: section for section in (forward, training, reading, sampling,
+                                               scoring, growth)}
 
 
 @program

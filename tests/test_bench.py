@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from bench import geometry, guidance, spectrum
-from lib.log import write_table
-from lib.run import BadInput
+from bench import geometry, spectrum
 from model import TARGETS, Denoiser, slope
 
 VARIANCES = torch.tensor([5.0, 1.0, 0.1, 0.0], dtype=torch.float64)
@@ -70,16 +68,3 @@ def test_geometry_finds_the_best_network_on_the_line(target):
               "v": row["v"]["ambiguity"]}
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=0.06, atol=1e-5)
-
-
-def test_guidance_draws_a_line_for_each_interval(tmp_path):
-    usual, path = dict.fromkeys(guidance.fid.COLUMNS, "50") | {"target": "x"}, tmp_path / "fid.csv"
-    rows = [usual | dict(zip(("cfg", "interval", "fid"), cell)) for cell in (
-        ("1", "-", "9"), ("3", "0.1,1", "5"), ("2", "0.1,1", "4"), ("2", "0,1", "6"))]
-    write_table(path, list(usual), rows)
-    assert guidance.read_lines([path]) == ({
-        "interval 0.1,1": ("x", [(1.0, 9.0), (2.0, 4.0), (3.0, 5.0)]),
-        "interval 0,1": ("x", [(1.0, 9.0), (2.0, 6.0)])}, "50")
-    write_table(path, list(usual), [rows[0] | {"n": "60"}, *rows[1:]])
-    with pytest.raises(BadInput):
-        guidance.read_lines([path])
