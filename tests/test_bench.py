@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import geometry, spectrum
+from bench import geometry, room, spectrum, strip
 from model import TARGETS, Denoiser, slope
 
 VARIANCES = torch.tensor([5.0, 1.0, 0.1, 0.0], dtype=torch.float64)
@@ -68,3 +68,27 @@ def test_geometry_finds_the_best_network_on_the_line(target):
               "v": row["v"]["ambiguity"]}
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=0.06, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_prediction_on_the_way_is_of_the_clean_latent_whatever_the_target(target):
+    """Of a network that knows the one image there is."""
+    image, (a, b) = torch.arange(64.0).view(1, 4, 4, 4) / 64, TARGETS[target]
+
+    class Knows(torch.nn.Linear):
+        in_channels = input_size = num_classes = 4
+
+        def forward(self, z, t, y):
+            t = t[:, None, None, None].clamp(max=0.95)  # the floor: e = (z - t x) / (1-t)
+            return a * image + b * (z - t * image) / (1 - t)
+    found = strip.predictions(Denoiser(Knows(1, 1), target, t_eps=0.02), 2, [0], 1.0)
+    assert len(found) == 11
+    for clean in found[1:10]:
+        torch.testing.assert_close(clean, image.expand(2, -1, -1, -1), rtol=0, atol=1e-4)
+
+
+def test_theory_of_room_sees_no_gap_where_all_numbers_pass():
+    x, v = room.theory(VARIANCES, 4)
+    assert v == pytest.approx(x)
+    x, v = room.theory(VARIANCES, 3)  # room for all that varies, not for all noise
+    assert x == pytest.approx(room.theory(VARIANCES, 4)[0]) and v > 1.01 * x
