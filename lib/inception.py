@@ -147,6 +147,9 @@ class Inception(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images):
+        if images.device.type == "cpu" and len(images) > 16:  # a tenth faster: caches are small
+            parts = [self(part) for part in images.split(16)]
+            return tuple(map(torch.cat, zip(*parts)))
         # fp32 that is fp32, whatever the surrounding program has chosen: no autocast, no TF32.
         full = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with full, torch.autocast(images.device.type, enabled=False):
