@@ -27,11 +27,11 @@ def asked(monkeypatch, tmp_path):
     def score(argv):
         calls.append((argv, None))
         run, n = pathlib.Path(argv[1]).parent, argv[argv.index("--num-samples") + 1]
-        scales = argv[argv.index("--cfg") + 1:]
+        args = fid.parse(argv)
         known = fid.read_scores(run / "fid.csv", fid.COLUMNS)
-        for scale in [word for word in scales if not word.startswith("--")]:
-            known.append({"n": n, "cfg": scale, "fid": str(1 / float(scale)), "method": "heun",
-                          "t_eps": "0.05"})
+        for scale in args.cfg:
+            known.append({"n": n, "cfg": f"{scale:g}", "fid": str(1 / scale),
+                          "method": args.method, "t_eps": "0.05"})
         write_table(run / "fid.csv", fid.COLUMNS, known)
         return 0
     monkeypatch.setattr(train, "main", learn)
@@ -60,8 +60,9 @@ def test_the_guidance_scale_is_searched_with_few_images_and_the_best_one_scored(
     words = [" ".join(argv) for argv, _ in asked]
     assert "--target eps --patch 2" in words[0] and words[5].count("--seed 1") == 1
     scored = [word.split("--num-samples ")[1] for word in words if "--num-samples" in word]
-    assert scored == ["5000 --cfg 1", "5000 --cfg 1 --t-eps 0.02", "1000 --cfg 1.5 2 3",
-                      "5000 --cfg 3", "5000 --cfg 1"]
+    assert scored == ["5000 --cfg 1", "5000 --cfg 1 --t-eps 0.02",
+                      "1000 --cfg 1.5 2 3 --method ab2 --steps 25", "5000 --cfg 3",
+                      "5000 --cfg 1"]
 
 
 def test_techniques_are_trained_by_their_classes_and_repa_where_there_is_a_teacher(asked, tmp_path):
