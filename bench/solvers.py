@@ -22,7 +22,7 @@ import torch
 import fid
 from bench.chart import COLOURS, picture, pyplot, save
 from lib.checkpoint import load_denoiser, weights_hash
-from lib.device import pick_device
+from lib.device import compile_net, pick_device
 from lib.flags import Parser, number
 from lib.inception import load_inception
 from lib.log import append_score, read_scores
@@ -140,6 +140,8 @@ def main(argv=None):
         vae = open_vae(denoiser.settings, denoiser.net.in_channels, args.vae, device)
         name = dict(network=weights_hash(denoiser.net), target=denoiser.target, n=str(n),
                     seed=str(seed), measure=measure)
+        if n >= 1000:  # as fid.py does
+            compile_net(denoiser.net, device)
         for cfg in args.cfg:
             fine = None
             for solver, evaluations in itertools.product(args.solvers, args.evaluations):
