@@ -293,9 +293,9 @@ def score_files(args, judges, reference):
 def score_checkpoint(args, judges, reference, device):
     n, table = args.num_samples or 50000, args.csv or args.ckpt.with_name("fid.csv")
     warn_about(n)
-    read_scores(table, COLUMNS)  # fails here, if it has to, like the weights
     denoisers = {weights: load_denoiser(args.ckpt, weights, device, args.target, args.input_size)
                  for weights in args.weights}
+    read_scores(table, COLUMNS)  # fails here, if it has to, like the weights
     for weights, denoiser in denoisers.items():
         settings, net = denoiser.settings, denoiser.net
         denoiser = with_floor(denoiser, args.t_eps, args.contrast)

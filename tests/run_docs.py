@@ -15,27 +15,29 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ("README", "docs/tutorial", "docs/your-images", "docs/metrics", "docs/extending",
-         "docs/techniques", "docs/results", "docs/speed", "docs/running")
+PAGES = ("README", "docs/tutorial", "docs/your-images", "docs/results", "docs/metrics",
+         "docs/techniques", "docs/extending", "docs/speed", "docs/running")
 NEEDS = {  # what a command that is left out contains: why
     "torchrun": "several GPUs", "srun": "a cluster", "imagenet": "ImageNet",
     "hf download": "a download", "checkpoint-last": "a download", "dinov2": "a download",
     "git clone": "an address", "/mine": "a download (FLUX.2's codec)",
     "--target u": "the edit that the text asks for", "pytest": "run apart"}
-SHORT = {  # programs that take long: flags that make them short; the last of a flag counts
+SHORT = {  # what takes long, the first that fits: flags that make it short; a flag's last counts
+    "--model B": "--steps 2 --batch 4 --sample-every 0", "ablations.tread": "--steps 2 --batch 4",
     "train.py": "--steps 40 --sample-every 20 --save-every 20", "sample.py": "--steps 5",
     "fid.py": "--num-samples 60 --steps 5", "vae.py": "",
-    "ablations.contrastive": "--steps 4", "ablations.tread": "--steps 4",
-    "ablations.logbook": "--steps 4 --fid-n 20 --only x-1-seed0 x-vloss-seed0 plain",
+    "ablations.contrastive": "--steps 4",
+    "ablations.logbook": "--steps 4",
     "bench.speed": "--quick --only reading", "bench.solvers": "--evaluations 7 --solvers ab2",
-    "bench.room": "--steps 10 --widths 32", "bench.digits": "", "bench.progress": "--ode-steps 5",
+    "bench.room": "--steps 10 --widths 32", "bench.digits": "--n 100 --steps 5", "bench.progress": "--ode-steps 5",
     "bench.cost": "--turns 1"}
 OLD = re.compile(r"--(steps|num-samples|fid-n|keep-every|ode-steps) \S+ ?")
+REF = re.compile(r"--ref \S+ ?")  # without it a study trains, and scores nothing
 
 
-def commands():
+def commands(pages):
     """(page, command) of every indented line that starts a program."""
-    for page in PAGES:
+    for page in pages:
         text = (ROOT / f"{page}.md").read_text()
         text = re.sub(r"```.*?```", "", text, flags=re.S).replace("\\\n", " ")
         for line in re.findall(r"^    (.+)$", text, re.M):
@@ -46,21 +48,20 @@ def commands():
 
 
 def prepared(command, given):
-    """(what is run, or None, why not or how it differs)."""
+    """(what is run, or None; how it differs, or why it is not)."""
     for sign, why in NEEDS.items():
         if sign in command:
             return None, f"needs {why}"
-    program = next((name for name in SHORT if name in command), None)
-    words = command
-    if program and "--help" not in command:
-        words = OLD.sub("", command).strip() + f" {SHORT[program]}"
-        if "vae.py" not in command and "--metrics" not in command and "--images" in command:
-            words = words.replace("--steps 5", "")
+    words, program = command, next((name for name in SHORT if name in command), None)
+    if program:
+        words = f"{OLD.sub('', command)} {SHORT[program]}"
+        if program == "ablations.logbook":
+            words = REF.sub("", words)
+    note = "as it stands" if words.split() == command.split() else "shortened"
     for name, value in given.items():
-        words = re.sub(rf"(?<![\w/]){name}(?![\w.])", value, words)
-    words = words.strip().replace("python ", f"{sys.executable} ", 1)
-    words = words.replace("pip install", f"{sys.executable} -m pip install -q", 1)
-    return words, "" if words.endswith(command.partition(" ")[2]) else "shortened"
+        words = re.sub(rf"(?<!\w){name}(?![\w.])", value, words)
+    words = words.replace("python ", f"{sys.executable} ", 1)
+    return words.replace("pip install", f"{sys.executable} -m pip install -q", 1), note
 
 
 def main():
@@ -69,13 +70,14 @@ def main():
     parser.add_argument("--images", default="CIFAR", help="folder of train/ and test/")
     parser.add_argument("--inception", default="INCEPTION", help="Inception's weights")
     parser.add_argument("--taef2", default="taef2", help="folder of the tiny codec's weights")
+    parser.add_argument("--pages", nargs="+", choices=PAGES, default=PAGES, help="some of them")
     args = parser.parse_args()
     given = {"CIFAR": args.images, "FOLDER": f"{args.images}/test", "INCEPTION": args.inception,
-             "taef2": args.taef2, "CACHE": "data/cifar10-64", "RUN": "demo-T8-x"}
+             "taef2": args.taef2, "CACHE": "data/cifar10-64", "RUN": "targets/x-1-seed0"}
     failed = 0
-    for page, command in commands():
+    for page, command in commands(args.pages):
         words, note = prepared(command, given)
-        print(f"{page}: {command}\n    {note or 'as it stands'}", flush=True)
+        print(f"{page}: {command}\n    {note}", flush=True)
         if words and args.run:
             start = time.monotonic()
             done = subprocess.run(words, shell=True, cwd=ROOT, text=True, stdout=subprocess.PIPE,
