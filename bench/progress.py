@@ -3,9 +3,9 @@
     python train.py --demo --target x --keep-every 300        (the same with eps and v)
     python -m bench.progress out/demo-T8-x out/demo-T8-v --cfg 1.5 --out assets/progress.png
 
-A block for each run, a row for each export that it has kept (by --keep-every) and for its last. With
---steps: a block for each patch size and step, a row for each target. Noise and class of a column
-are the same everywhere.
+A block for each run, a row for each export that it has kept (by --keep-every) and for its last.
+With --steps: a block for each patch size and step, a row for each target. Noise and class of a
+column are the same everywhere.
 """
 import pathlib
 
@@ -55,7 +55,7 @@ def main(argv=None):
     add("--classes", nargs="+", metavar="CLASS", help="names or numbers, taking turns")
     add("--cfg", type=number(float, 0, 1000), default=1.5, help="guidance scale")
     add("--ode-steps", type=number(int, 1), default=50, help="steps of the ODE solver")
-    add("--steps", type=number(int, 1), nargs="+", help="blocks of these alone, a row for each target")
+    add("--steps", type=number(int, 1), nargs="+", help="blocks of these, a row for each target")
     add("--out", type=picture, default="assets/progress.png", help="the picture, NAME.png")
     args = parser.parse_args(argv)
     sampling, cells, device = Sampling(args.cfg, steps=args.ode_steps), {}, pick_device()
