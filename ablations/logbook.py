@@ -18,7 +18,8 @@ import torch
 import fid
 import train
 from ablations import join, load
-from ablations.studies import PRX, RECIPE, STUDIES
+from ablations.repa import load_teacher
+from ablations.studies import PRX, RECIPE, STUDIES, chosen
 from lib.flags import Parser, number
 from lib.log import error_columns, read_scores, read_table
 from lib.run import program, say
@@ -127,23 +128,22 @@ def main(argv=None):
         add(f"--{name}", type=type(value), default=value, help="as in train.py, for all alike")
     args, others = parser.parse_known_args(argv)
     out = args.out or path("out") / args.study
-    rows = [row for row in STUDIES[args.study](args) if not args.only or row.name in args.only]
+    rows = chosen(args)
     todo = [row for row in rows if scores(out / row.name).get("step") != str(args.steps)]
     say(f"{len(rows)} runs, {len(todo)} to train: {', '.join(row.name for row in todo)}; about "
         f"{estimate(args, todo):.1f} hours, scores apart")
-    if args.ref:  # what scoring needs is seen to before the hours of training
+    if any("repa" in row.techniques for row in todo):
+        load_teacher(args.teacher, train.codec.LatentDataset(args.latents).size)
+    if args.ref:  # what will be needed is seen to before the hours of training
         fid.load_reference(args.ref, args.metrics)
         fid.load_judges(args.metrics, args.inception)
     table = []
-    for row in rows:
-        run = out / row.name
-        code = train_row(args, others, row, run) or (score_row(args, row, run) if args.ref else 0)
-        if code:
+    for row, run in [(row, out / row.name) for row in rows]:
+        if code := train_row(args, others, row, run) or (args.ref and score_row(args, row, run)):
             return code  # stopped by a signal, or by an error that has been told
-        told = {"PRX": PRX.get(row.name, "")} if args.study == "techniques" else {}
+        told = {"PRX": PRX[row.name]} if row.name in PRX else {}
         table.append({"run": row.name} | scores(run) | told)
-    say(f"\n{args.latents.name}, {args.model}, {args.steps} steps of {args.batch}\n\n"
-        f"{markdown(table)}")
+    say(f"\n{args.latents}, {args.model}, {args.steps} steps of {args.batch}\n\n{markdown(table)}")
 
 
 if __name__ == "__main__":

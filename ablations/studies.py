@@ -1,6 +1,7 @@
 """What logbook.py can run: studies, each a list of runs that differ in one thing."""
 import dataclasses
 
+from lib.run import BadInput
 from model import TARGETS
 
 RECIPE = {"model": "T", "patch": 1, "batch": 128, "lr": 1e-3, "steps": 6000, "warmup": 0.25,
@@ -52,3 +53,13 @@ def techniques(args):
 
 
 STUDIES = {"nine": nine, "targets": targets, "techniques": techniques}
+
+
+def chosen(args):
+    """The rows of args.study, those of args.only where it is given. Raises BadInput."""
+    rows = STUDIES[args.study](args)
+    names = [row.name for row in rows]
+    for name in args.only or ():
+        if name not in names:
+            raise BadInput(f"--only {name}: expected some of {', '.join(names)}")
+    return [row for row in rows if not args.only or row.name in args.only]

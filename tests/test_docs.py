@@ -29,7 +29,7 @@ def known_flags():
 
 
 OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id",
-          "--ntasks-per-node", "--max-restarts", "--local-dir", "--signals-to-handle"}
+          "--ntasks-per-node", "--no-deps", "--max-restarts", "--local-dir", "--signals-to-handle"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

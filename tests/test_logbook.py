@@ -1,4 +1,5 @@
 """The runner of studies: what it asks of train.py and fid.py, what it does not do again."""
+import argparse
 import pathlib
 
 import pytest
@@ -39,6 +40,8 @@ def asked(monkeypatch, tmp_path):
     monkeypatch.setattr(fid, "load_reference", lambda path, metrics: None)
     monkeypatch.setattr(fid, "load_judges", lambda metrics, inception: None)
     monkeypatch.setattr(logbook, "estimate", lambda args, rows: len(rows))
+    monkeypatch.setattr(logbook, "load_teacher", lambda name, size: None)
+    monkeypatch.setattr(train.codec, "LatentDataset", lambda path: argparse.Namespace(size=64))
     return calls
 
 
@@ -83,11 +86,17 @@ def test_a_study_that_is_stopped_stops(asked, tmp_path, monkeypatch):
     assert study("nine", tmp_path) == 143
 
 
-def test_what_scoring_needs_is_seen_to_before_training(monkeypatch, tmp_path, refused):
+@pytest.mark.parametrize("study, words, told", [
+    ("nine", ["--ref", "nowhere.npz"], "nowhere.npz"),
+    ("techniques", ["--teacher", "no.module:here"], "no.module:here"),
+    ("nine", ["--only", "x-2"], "--only x-2: expected some of x-vloss-seed0")])
+def test_what_will_be_needed_is_seen_to_before_training(
+        monkeypatch, tmp_path, refused, study, words, told):
+    from test_all import small_cache
     monkeypatch.setattr(train, "main", lambda argv, technique: pytest.fail("it has begun"))
     monkeypatch.setattr(logbook, "estimate", lambda args, rows: 0)
-    refused(logbook.main, ["--study", "nine", "--latents", "cache", "--out", tmp_path,
-                           "--ref", tmp_path / "nowhere.npz"], "nowhere.npz")
+    refused(logbook.main, ["--study", study, "--latents", small_cache(tmp_path), "--out", tmp_path,
+                           *words], told)
 
 
 def test_hours_are_estimated_from_a_few_steps(tmp_path):
