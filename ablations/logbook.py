@@ -36,10 +36,10 @@ def train_row(args, others, row, run):
              "--sample-every", often, "--save-every", often, "--keep-every", 2 * often]
     for name in RECIPE:
         words += [f"--{name}", vars(args)[name]]
-    if args.val:
-        words += ["--val", args.val]
-    technique = join(*map(load, row.techniques)) if row.techniques else None
-    code = train.main([*map(str, words), *row.flags.split(), *others], technique)
+    words += ["--val", args.val] if args.val else []
+    torch.compiler.reset()  # or the graphs of all runs count against one limit
+    technique = row.techniques and join(*map(load, row.techniques))
+    code = train.main([*map(str, words), *row.flags.split(), *others], technique or None)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # train.py has caught them
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return code

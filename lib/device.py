@@ -54,6 +54,8 @@ def compile_net(net, device):
         say(f"without torch.compile: it wants {wanted}")
         return False
     torch._dynamo.config.suppress_errors = True  # what fails to compile runs as it is, and warns
+    # A network with a hook is another network: or a graph from before it would be taken for it.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     net.compile()
     return True
 

@@ -18,7 +18,8 @@ from ablations.repa import Repa, alignment, on_grid, spatial_norm
 from ablations.tread import Tread, keep
 from lib.cache import mean_latent
 from lib.checkpoint import load_denoiser, read_checkpoint
-from model import TARGETS, Denoiser, slope
+from lib.device import compile_net
+from model import JLT, TARGETS, Denoiser, slope
 from sample import Sampling, guided_velocity
 from test_all import (
     LOGGED,
@@ -355,3 +356,17 @@ def test_the_papers_run_imports_no_technique():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert sorted(NAMES) == sorted(path.stem for path in ROOT.glob("ablations/*.py")
                                    if path.stem not in ("__init__", "logbook", "studies"))
+
+
+def test_a_hook_is_kept_where_a_network_without_one_was_compiled_before():
+    """torch.compile does not look at hooks by itself: a study's second run would train as the
+    first."""
+    inputs, seen = (torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 1])), []
+    for hooked in (False, True):
+        net = JLT(4, 1, 4, hidden_size=32, depth=1, num_heads=1, num_classes=3, bottleneck=0)
+        if not compile_net(net, torch.device("cpu")):
+            pytest.skip("torch.compile is not to be had")
+        if hooked:
+            net.blocks[0].register_forward_hook(lambda *_: seen.append(1))
+        net(*inputs)
+    assert seen == [1]
