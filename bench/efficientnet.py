@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from lib.device import compile_net
 from lib.files import atomic
 from lib.flags import Parser
 from lib.run import BadInput, program
@@ -88,7 +89,8 @@ def remembered():
 def main(argv=None):
     parser = Parser("Store EfficientNet's tokens of all images of a cache, mirrored ones as well.")
     parser.add_argument("cache", type=pathlib.Path, help="made by vae.py --keep-images")
-    data, teacher = LatentDataset(parser.parse_args(argv).cache), torch.compile(load())
+    data, teacher = LatentDataset(parser.parse_args(argv).cache), load()
+    compile_net(teacher, torch.device("cpu"))
     keys, tokens = [], []
     for rows in tqdm(np.array_split(np.arange(len(data)), -(-len(data) // 16))):  # fit a cache
         for flip in (False, True)[:1 + data.mirrored]:

@@ -63,17 +63,16 @@ def main(argv=None):
         for path in [*run.glob("ema-step*.safetensors"), run / "ema.safetensors"]:
             denoiser = load_denoiser(path, device=device)
             settings, net, target = denoiser.settings, denoiser.net, denoiser.target
-            step = settings["step"]
-            if args.steps and step not in args.steps:
-                continue
+            step, cell = settings["step"], (f"{run}: predicts {target}", f"{settings['step']:,}")
+            if args.steps:
+                cell = f"patch {net.patch_size}, after {step:,} steps", target
+            if cell in cells or args.steps and step not in args.steps:
+                continue  # the last export may be kept twice
             vae = open_vae(settings, net.in_channels, device=device)
             names = settings["class_names"] or range(net.num_classes)
             classes = pick_classes(args.classes, settings["class_names"], net.num_classes)
-            images = generate(denoiser, vae, range(args.columns), classes, sampling).cpu()
-            if args.steps:
-                cells[f"patch {net.patch_size}, after {step:,} steps", target] = images
-            else:
-                cells[f"{run}: predicts {target}", f"{step:,}"] = images
+            images = generate(denoiser, vae, range(args.columns), classes, sampling)
+            cells[cell] = images.cpu()
     if not cells:
         raise BadInput(f"--steps: none of the runs has kept an export of {args.steps}")
     rows = list(dict.fromkeys(row for _, row in cells))

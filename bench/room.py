@@ -1,10 +1,10 @@
 """When does the target matter? Where a token holds more numbers than the network has channels.
 
-    python -m bench.room data/cifar10-64 --patch 1 2
-    python -m bench.room data/cifar10-64 data/cifar10 --patch 1 2 8 16 --out assets/room.png
+    python -m bench.room data/cifar10-64:1 data/cifar10-64:2
+    python -m bench.room data/cifar10-64:1 data/cifar10-64:2 data/cifar10:8 --out assets/room.png
 
-For each cache (its unseen images in CACHE-test beside it), patch size that suits it, and width, x
-and v are trained for 1,000 steps. Printed and drawn is how much larger v's error of the velocity is
+For each cache and patch size (unseen images: CACHE-test, beside it) and each width, x and v are
+trained for 1,000 steps. Printed and drawn is how much larger v's error of the velocity is
 than x's, on unseen images. Room, the axis, is width / (patch² C), channels for each number of a
 token. Lines are the same of the best linear prediction that passes so many numbers a token
 (bench/spectrum.py), at training's times. What is done is not done again.
@@ -26,6 +26,14 @@ from train import OBJECTIVE
 from vae import LatentDataset
 
 LINE = "{:<14}{:>6}{:>9}{:>7}{:>11}{:>8}{:>9}{:>9}{:>10}{:>9}"
+
+
+def place(text):
+    """An argparse type: CACHE:PATCH."""
+    cache, _, patch = text.rpartition(":")
+    if not cache or not patch.isdigit() or patch == "0":
+        raise argparse.ArgumentTypeError(f"{text}: expected CACHE:PATCH, as data/cifar10-64:2")
+    return pathlib.Path(cache), int(patch)
 
 
 def theory(values, width, parts=32):
@@ -71,8 +79,7 @@ def draw(path, rows):
 def main(argv=None):
     parser = Parser("The gap between v and x against the room that a network has for a token.")
     add, path = parser.add_argument, pathlib.Path
-    add("caches", metavar="CACHE", type=path, nargs="+", help="CACHE-test has to be beside it")
-    add("--patch", type=number(int, 1), nargs="+", required=True, help="sizes, each where it suits")
+    add("places", metavar="CACHE:PATCH", type=place, nargs="+", help="CACHE-test beside it")
     add("--widths", type=number(int, 32), nargs="+", default=[32, 64, 128, 256],
         help="channels, multiples of 32")
     add("--bottlenecks", type=number(int, 1), nargs="+", help="(default: the width)")
@@ -81,20 +88,17 @@ def main(argv=None):
     add("--out", type=picture, help="the picture, NAME.png")
     args = parser.parse_args(argv)
     rows = []
-    for cache, patch in itertools.product(args.caches, args.patch):
-        data = LatentDataset(cache)
-        if (patch < 4) != (data.shape[0] > 3):
-            continue  # latents have many channels and small patches, pixels the opposite
-        values, _ = spectrum(token_statistics(data, patch, 10_000)[1])
-        for width in args.widths:
-            for bottleneck in args.bottlenecks or [width]:
-                x, v = (trained(args, cache, patch, width, bottleneck, target) for target in "xv")
-                narrowest = min(width, bottleneck)
-                linear_x, linear_v = theory(values, narrowest)
-                rows.append(dict(
-                    cache=cache.name, patch=patch, numbers=len(values), width=width,
-                    bottleneck=bottleneck, room=narrowest / len(values), x=x, v=v,
-                    networks=v / x - 1, theory=linear_v / linear_x - 1))
+    for cache, patch in args.places:
+        values, _ = spectrum(token_statistics(LatentDataset(cache), patch, 10_000)[1])
+        for width, chosen in itertools.product(args.widths, args.bottlenecks or [None]):
+            bottleneck = chosen or width
+            x, v = (trained(args, cache, patch, width, bottleneck, target) for target in "xv")
+            narrowest = min(width, bottleneck)
+            linear_x, linear_v = theory(values, narrowest)
+            rows.append(dict(
+                cache=cache.name, patch=patch, numbers=len(values), width=width,
+                bottleneck=bottleneck, room=narrowest / len(values), x=x, v=v,
+                networks=v / x - 1, theory=linear_v / linear_x - 1))
     say(LINE.format(*rows[0]))
     for row in rows:
         say(LINE.format(*(f"{v:.3f}" if isinstance(v, float) else v for v in row.values())))
