@@ -73,10 +73,13 @@ def network(model):
 
 @torch.no_grad()
 def forward(model, folder):
-    """The network without gradients: rows, given a model's name and a folder with a cache."""
+    """Rows of the network without gradients, given a model's name and a folder with a cache."""
     (eager, flops), (compiled, _) = network(model), network(model)
     compile_net(compiled, DEVICE)
-    tasks = {"eager": partial(eager, Z, T, Y), "compiled": partial(compiled, Z, T, Y)}
+    guided = guided_velocity(Denoiser(eager), Y, 2.9)
+    tasks = {"eager": partial(eager, Z, T, Y), "compiled": partial(compiled, Z, T, Y),
+             "guided, inside the interval": partial(guided, Z, 0.5),
+             "guided, outside": partial(guided, Z, 0.05)}
     for precision in DTYPES:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
             yield from compare(f"forward, batch {N}, {precision}", N, tasks, flops, precision)
@@ -97,8 +100,7 @@ def open_run(model, folder, batch, flags, patch=1):
 def plain_step(run):
     """The same step, its optimizer and its average as one writes them first."""
     parameters, averages = list(run.net.parameters()), list(run.nets[1].parameters())
-    optimizer = torch.optim.AdamW(parameters, 1e-4, (0.9, 0.95), weight_decay=0.0, foreach=False,
-                                  fused=False)
+    optimizer = torch.optim.AdamW(parameters, 1e-4, (0.9, 0.95), weight_decay=0, foreach=False)
 
     def step():
         run.micro_loss(0).backward()
@@ -150,18 +152,8 @@ def reading(model, folder):
 
 
 @torch.no_grad()
-def sampling(model, folder):
-    """Guidance against a plain pass."""
-    net, flops = network(model)
-    plain, guided = guided_velocity(Denoiser(net), Y), guided_velocity(Denoiser(net), Y, 2.9)
-    tasks = {"plain": partial(plain, Z, 0.5), "guided": partial(guided, Z, 0.5),
-             "outside the interval": partial(guided, Z, 0.05)}
-    yield from compare(f"velocity, batch {N}", N, tasks, flops)
-
-
-@torch.no_grad()
 def scoring(model, folder):
-    """The parts of an FID cell, guided: on a CPU of small images, or it would take hours."""
+    """Sampling and the rest of an FID cell, guided: on a CPU of 64², or it would take hours."""
     side = 16 if CUDA else 4
     denoiser = Denoiser(JLT(side, 1, 128, **SIZES[model]).to(DEVICE).eval())
     compile_net(denoiser.net, DEVICE)
@@ -181,16 +173,14 @@ def growth(model, folder):
         yield from compare(f"training step, patch {patch}", batch, {f"batch {batch}": step})
 
 
-SECTIONS = {section.__name__: section for section in (forward, training, reading, sampling,
-                                               scoring, growth)}
+SECTIONS = {section.__name__: section for section in (forward, training, reading, scoring, growth)}
 
 
 @program
 def main(argv=None):
     parser = Parser("Speed beside the hardware's peak and beside plain code, as a Markdown table.")
-    add = parser.add_argument
-    add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
-    add("--quick", action="store_true", help="a tiny network: to try the script")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="parts")
+    parser.add_argument("--quick", action="store_true", help="a tiny network: to try the script")
     args = parser.parse_args(argv)
     model = "T" if args.quick else "B"
     where = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} threads"
