@@ -126,15 +126,18 @@ def main(argv=None):
     parser.add_argument("--num-samples", type=number(int, 2), default=24, help="images")
     parser.add_argument("--ref", type=pathlib.Path, help="reference statistics: measure FID")
     parser.add_argument("--inception", type=pathlib.Path, help="Inception's weights")
+    parser.add_argument("--bf16", action="store_true", help="Inception in bf16: for this study")
     parser.add_argument("--vae", help="codec (default: the latents')")
     parser.add_argument("--csv", type=pathlib.Path, required=True, help="the table")
     parser.add_argument("--out", type=picture, help="the picture, NAME.png")
     args = parser.parse_args(argv)
     device, n = pick_device(), args.num_samples
     read_scores(args.csv, COLUMNS)
-    measure = f"FID-{n}" if args.ref else "distance to a fine solution"
+    measure = "distance to a fine solution"
     if args.ref:
+        measure = f"FID-{n}" + (", Inception in bf16" if args.bf16 else "")
         reference, inception = fid.load_reference(args.ref), load_inception(args.inception)
+        inception.precision = torch.bfloat16 if args.bf16 else torch.float32
     for path, seed in itertools.product(args.ckpts, args.seed):
         denoiser = load_denoiser(path, device=device)
         vae = open_vae(denoiser.settings, denoiser.net.in_channels, args.vae, device)

@@ -148,6 +148,15 @@ def test_inception_is_its_description_in_fp32_whatever_surrounds_it(inception):
     assert math.isfinite(size) and wanted.std() > 0
 
 
+def test_inception_in_bf16_is_near(inception, monkeypatch):
+    images = torch.randint(0, 256, (2, 3, 20, 28), dtype=torch.uint8)
+    exact, _ = inception(images)
+    monkeypatch.setattr(inception, "precision", torch.bfloat16)
+    rough, logits = inception(images)
+    assert rough.dtype == logits.dtype == torch.float32
+    assert 1e-5 < (rough - exact).norm() / exact.norm() < 0.05
+
+
 def test_flux2_is_known_by_its_weights_and_refused_without_them(tmp_path):
     for name in ("here", "there"):
         tiny_flux2(tmp_path / name)
