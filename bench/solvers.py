@@ -135,9 +135,10 @@ def main(argv=None):
     read_scores(args.csv, COLUMNS)
     measure = "distance to a fine solution"
     if args.ref:
-        measure = f"FID-{n}" + (", Inception in bf16" if args.bf16 else "")
+        measure = f"FID-{n}"
         reference, inception = fid.load_reference(args.ref), load_inception(args.inception)
-        inception.precision = torch.bfloat16 if args.bf16 else torch.float32
+        if args.bf16:
+            measure, inception.precision = f"{measure}, Inception in bf16", torch.bfloat16
     for path, seed in itertools.product(args.ckpts, args.seed):
         denoiser = load_denoiser(path, device=device)
         vae = open_vae(denoiser.settings, denoiser.net.in_channels, args.vae, device)
