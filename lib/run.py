@@ -25,7 +25,7 @@ def printable(text):
 
 def program(main):
     """Decorates `main(argv=None)`: its errors become one line and an exit code. 0: done; 1: failed;
-    2: bad input; 128 + the signal's number: interrupted."""
+    2: bad input; 128 + the signal's number: interrupted. One of torchrun's ranks ends here."""
     @functools.wraps(main)
     def run(*args, **options):
         try:
@@ -45,9 +45,7 @@ def program(main):
                 time.sleep(3)
             print(f"error: {printable(line)}", file=sys.stderr, flush=True)
         if dist.is_initialized():
-            if code in (1, 2, 130):
-                os._exit(code)  # a proper goodbye would wait for the other ranks
-            dist.destroy_process_group()
+            leave(code)
         return code
     return run
 
@@ -73,6 +71,16 @@ def connect():
     """Join torchrun's ranks. CPU tensors travel by gloo, which waits for no GPU."""
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave(code):
+    """End this rank, without Python's own end: a thread of gloo's that lets go of its last tensor
+    meanwhile aborts the process, and torchrun would call a finished run failed."""
+    if code not in (1, 2, 130):  # else a proper goodbye would wait for the other ranks
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def barrier():

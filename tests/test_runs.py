@@ -26,7 +26,7 @@ import train
 import vae
 from lib.files import atomic, lock_folder
 from lib.log import read_table
-from lib.run import BadInput, RunFailed, StopSignal, barrier, connect, rank
+from lib.run import BadInput, RunFailed, StopSignal, barrier, connect, leave, rank
 from test_all import ROOT, flags, picture_folder, same_run, small_cache, torchrun
 
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++ on a CPU")
@@ -262,4 +262,4 @@ if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])
     write_and_draw(folder, folder / "two")
     train_stop_and_continue(folder / "cache", folder / "two")
-    torch.distributed.destroy_process_group()
+    leave(0)
