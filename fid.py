@@ -4,11 +4,12 @@
     torchrun --nproc_per_node=8 fid.py --ckpt out/RUN/last.safetensors --ref ref.npz \\
         --cfg 1 2 2.9 --weights ema model                           a network, a row a setting
     python fid.py --npz samples.npz --ref VIRTUAL_imagenet256_labeled.npz       ADM's files
+    python fid.py --images FOLDER --size 256 --ref ref.npz --vae flux2          what a codec costs
 
 FID compares two sets of images by mean and covariance of the 2048 features that one certain network
-(lib/inception.py) gives each of them. Two FIDs compare only where all else is alike: that network's
-weights, the resize, the precision, the number of images, the reference. Here they follow
-torch-fidelity, as the paper's do, and a number is printed with all that it depends on.
+(lib/inception.py) gives each of them. Two FIDs compare only where its weights, the resize, the
+precision, the number of images and the reference are alike. Here they follow torch-fidelity, as the
+paper's do, and a number is printed with all that it depends on.
 """
 import itertools
 import os
@@ -33,7 +34,7 @@ from lib.npz import Reference, npz_images, read_statistics, write_statistics
 from lib.run import BadInput, connect, program, rank, rank_batches, say, world_size
 from model import TARGETS
 from sample import METHODS, Sampling, evaluations, generate, pick_classes, with_floor
-from vae import open_vae
+from vae import from_uint8, load_vae, open_vae, to_uint8
 
 # -------------------------------------------------------------------------------------------------
 # Statistics, FID, IS and MMD
@@ -141,13 +142,6 @@ def load_reference(path, metrics=("fid",)) -> Reference:
     reference = read_statistics(path, FEATURES, metrics)
     reference.root = covariance_root(reference.sigma)
     return reference
-
-
-def check_size(reference, size):
-    """Raises BadInput where the reference is of images of another size ("WIDTHxHEIGHT")."""
-    known = reference.about.get("size", size)
-    if known != size:
-        raise BadInput(f"--ref is of {known} images, those to score are {size}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -268,7 +262,7 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def score_files(args, judges, reference):
+def score_files(args, judges, reference, device):
     start, n = time.monotonic(), args.num_samples
     crop = "center" if args.images and args.size else "none"
     if args.images:
@@ -276,17 +270,22 @@ def score_files(args, judges, reference):
     else:
         n, size, batches = npz_images(args.npz, n, args.batch)
     if reference:
-        check_size(reference, size)
+        reference.check_size(size)
+    vae = load_vae(args.vae, device) if args.vae else None
+    if vae:  # encoded and decoded again: what the codec alone costs
+        if any(int(side) % vae.stride for side in size.split("x")):
+            raise BadInput(f"--vae: {size} pixels, expected multiples of {vae.stride}")
+        batches = ((indices, to_uint8(vae.decode(vae.encode(from_uint8(images)))))
+                   for indices, images in batches)
     found = score(batches, n, judges)
     if args.save_ref and rank() == 0:
         mu, sigma = found["fid"].mean_and_covariance()
         others = {name: rows for name, rows in found.items() if name != "fid"}
-        written = write_statistics(
-            args.save_ref, mu, sigma, others, size=size, count=n, crop=crop)
-        say(f"{written} -> {args.save_ref}")
+        made = write_statistics(args.save_ref, mu, sigma, others, size=size, count=n, crop=crop)
+        say(f"{made} -> {args.save_ref}")
     if reference:
         warn_about(n)
-        row = dict(source=args.images or args.npz, size=size, crop=crop, n=n)
+        row = dict(source=args.images or args.npz, size=size, crop=crop, n=n, vae=vae and vae.id)
         say(result_line(row | results(found, judges, reference, start)))
 
 
@@ -302,7 +301,7 @@ def score_checkpoint(args, judges, reference, device):
         warn_if_young(settings, weights)
         vae = open_vae(settings, net.in_channels, args.vae, device)
         side = net.input_size * vae.stride
-        check_size(reference, f"{side}x{side}")
+        reference.check_size(f"{side}x{side}")
         classes = args.classes and pick_classes(args.classes, settings.get("class_names"),
                                                 net.num_classes)
         if n >= 1000:  # compiling takes up to a minute or two
@@ -332,8 +331,10 @@ def main(argv=None):
         raise BadInput("nothing to compare with: give --ref (--images with --save-ref makes one)")
     if out and "fid" not in args.metrics:
         raise BadInput("--save-ref: the statistics of FID belong to it: --metrics fid and others")
-    if out and (args.ckpt or out.suffix != ".npz" or not os.access(out.absolute().parent, os.W_OK)):
-        raise BadInput(f"--save-ref {out}: expected --images or --npz, and NAME.npz in a folder")
+    if out and (args.ckpt or args.vae):
+        raise BadInput("--save-ref: expected --images or --npz as they are, without --vae")
+    if out and (out.suffix != ".npz" or not os.access(out.absolute().parent, os.W_OK)):
+        raise BadInput(f"--save-ref {out}: expected NAME.npz in a folder that can be written to")
     connect()
     device = pick_device()
     judges = load_judges(args.metrics, args.inception, args.clip, args.dino, device)
@@ -342,7 +343,7 @@ def main(argv=None):
     if args.ckpt:
         score_checkpoint(args, judges, reference, device)
     else:
-        score_files(args, judges, reference)
+        score_files(args, judges, reference, device)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ class Run:
             self.reference = fid.load_reference(args.ref)
             self.judges = fid.load_judges(["fid"], args.inception, device=self.device)
             side = data.shape[1] * self.vae.stride
-            fid.check_size(self.reference, f"{side}x{side}")
+            self.reference.check_size(f"{side}x{side}")
 
     def start(self):
         args = self.args

@@ -39,6 +39,12 @@ class Reference:
         known = (f"{name} {self.about.get(name, 'unknown')}" for name in ("size", "count", "crop"))
         return f"reference {self.hash} ({', '.join(known)})"
 
+    def check_size(self, size):
+        """Raises BadInput where this is of images of another size ("WIDTHxHEIGHT")."""
+        known = self.about.get("size", size)
+        if known != size:
+            raise BadInput(f"--ref is of {known} images, those to score are {size}")
+
 
 def read_statistics(path, width: int, metrics=("fid",)) -> Reference:
     """The Reference in any npz with `mu` (width,) and `sigma` (width, width), for other metrics

@@ -26,7 +26,7 @@ from lib.images import list_images, open_image, read_picture
 from lib.inception import load_inception
 from lib.npz import image_rows, read_statistics
 from lib.run import BadInput, program
-from test_all import flags, picture_folder, same_run, small_cache, tiny_net
+from test_all import flags, picture_folder, read_all, same_run, small_cache, tiny_net
 
 # -------------------------------------------------------------------------------------------------
 # Pictures
@@ -392,7 +392,7 @@ def test_statistics_of_others_are_read_where_they_can_be_right(tmp_path):
     adm = read_statistics(path, 16)
     assert np.array_equal(adm.mu, right["mu"]) and np.array_equal(adm.sigma, right["sigma"])
     assert str(adm) == f"reference {adm.hash} (size unknown, count unknown, crop unknown)"
-    fid.check_size(adm, "256x256")
+    adm.check_size("256x256")
     for wrong in (dict(mu=np.zeros(8)), dict(mu=np.full(16, np.nan)), dict(sigma=-np.eye(16)),
                   dict(meta="{"), dict(meta='{"hash": "0"}')):
         np.savez(path, **right | wrong)
@@ -421,6 +421,24 @@ def test_images_folders_and_npz_files_score_alike(images, tmp_path, small_incept
     assert abs(float(score.split()[0])) < 1e-3 and "does not compare with FID-50K" in said
     fid.load_judges(["fid"])["fid"].fc.weight.data.zero_()  # as files without the classifier have
     assert "IS n/a" in run("--images", images, "--ref", ref)[1]
+
+
+def test_a_codec_is_judged_by_the_images_that_it_gives_back(
+        images, tmp_path, small_inception, monkeypatch, capsys, refused):
+    def run(*argv):
+        assert fid.main([str(part) for part in argv]) == 0
+        return capsys.readouterr().out.split("\nFID-14 ")[1]
+    ref, array = small_reference(tmp_path / "ref.npz"), read_all(images, 6).permute(0, 2, 3, 1)
+    np.savez(tmp_path / "negative.npz", arr_0=255 - array.numpy())
+    monkeypatch.setattr(vae.Pixels, "decode", lambda self, z: -z)
+    there_and_back = run("--images", images, "--size", 6, "--ref", ref, "--vae", "pixels")
+    assert "'vae': 'pixels'" in there_and_back
+    negative = run("--npz", tmp_path / "negative.npz", "--ref", ref)
+    assert there_and_back.split()[:3] == negative.split()[:3]
+    monkeypatch.setattr(vae.Pixels, "stride", 4)
+    command = ["--images", str(images), "--size", "6", "--vae", "pixels", "--ref", str(ref)]
+    refused(fid.main, command, "--vae: 6x6 pixels, expected multiples of 4")
+    refused(fid.main, [*command[:-2], "--save-ref", "new.npz"], "without --vae")
 
 
 # -------------------------------------------------------------------------------------------------
