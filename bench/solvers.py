@@ -168,7 +168,7 @@ def main(argv=None):
                 say(", ".join(f"{key} {done[0][key]}" for key in COLUMNS))
     if args.out:
         draw(args.out, [row for row in read_scores(args.csv, COLUMNS)
-                        if row["measure"] == measure])
+                        if (row["measure"], row["seed"]) == (measure, str(args.seed[0]))])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ SHORT = {  # what takes long, the first that fits: flags that make it short; a f
     "fid.py": "--num-samples 60 --steps 5", "vae.py": "",
     "ablations.contrastive": "--steps 4",
     "ablations.logbook": "--steps 4",
-    "bench.speed": "--quick --only reading", "bench.solvers": "--evaluations 7 --solvers ab2",
+    "bench.speed": "--quick --only reading",
+    "bench.solvers": "--evaluations 7 --solvers ab2 --num-samples 12",
     "bench.digits": "--n 100 --steps 5",
     "bench.progress": "--ode-steps 5", "bench.cost": "--turns 2"}
 OLD = re.compile(r"--(steps|num-samples|fid-n|keep-every|ode-steps) \S+ ?")
