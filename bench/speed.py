@@ -3,10 +3,10 @@
     python -m bench.speed | tee speed.md
     python -m bench.speed --quick --only reading
 
-What is compared is timed in turns. The peak is the speed of a large square matrix product in the
-same turns; a training step counts as three forward passes. At r images/s, the paper's run takes
-71,111 / r hours.
+All is timed in turns. The peak is that of a large square matrix product in the same turns, a step
+counts as three forward passes. At r images/s, the paper's run takes 71,111 / r hours.
 """
+import contextlib
 import gc
 import tempfile
 import time
@@ -90,10 +90,10 @@ def open_run(model, folder, batch, flags, patch=1):
     words = (f"--latents {folder} --out {tempfile.mkdtemp(dir=folder)} --model {model} --patch "
              f"{patch} --batch {batch} --micro {batch} --lr 1e-4 {flags}").split()
     gc.collect()  # of the run before, which refers to itself
-    run = Run(training_args(words, PRESETS, TARGETS, SIZES))
-    run.open_data()
-    run.build()
-    run.start()
+    with contextlib.redirect_stdout(None):  # what it says has no place in the table
+        run = Run(training_args(words, PRESETS, TARGETS, SIZES))
+        for part in run.open_data, run.build, run.start:
+            part()
     return run
 
 
