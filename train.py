@@ -26,7 +26,7 @@ from lib.cache import check_latents, mean_latent
 from lib.checkpoint import export_tensors, is_young, load_init, resume, run_tensors
 from lib.checkpoint import save_checkpoint
 from lib.device import compile_net, compiled_graphs, data_parallel, peak_memory, pick_device
-from lib.device import pinned, uncompiled, use_bf16
+from lib.device import pinned, to_device, uncompiled, use_bf16
 from lib.files import lock_folder, prefetched
 from lib.flags import training_args
 from lib.images import draw_digits
@@ -240,8 +240,8 @@ class Run:
 
     def micro_loss(self, k):
         parts, more = self.meter.waiting(self.batches)
-        x, y, normals, drop = (part.to(self.device, non_blocking=True) for part in parts)
-        more = {name: part.to(self.device, non_blocking=True) for name, part in more.items()}
+        x, y, normals, drop = (to_device(part, self.device) for part in parts)
+        more = {name: to_device(part, self.device) for name, part in more.items()}
         t = self.denoiser.times(normals)                                # (micro,)
         first = self.first + k * self.micro
         e = step_noise(self.args.seed, self.step, first, self.micro, self.data.shape, self.device)

@@ -17,11 +17,13 @@ def pick_device() -> torch.device:
     """This rank's own GPU, else Apple's MPS, else the CPU. `CUDA_VISIBLE_DEVICES=` (empty) asks for
     the CPU."""
     if not torch.cuda.is_available():
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        mps = torch.backends.mps.is_available() and world_size() == 1  # gloo does not know it
+        return torch.device("mps" if mps else "cpu")
     local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local >= found:
         raise BadInput(f"rank {local} has no GPU of its own (of {found}): lower --nproc_per_node")
     torch.cuda.set_device(local)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in convolutions as in products
     return torch.device("cuda", local)
 
 
@@ -41,6 +43,12 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def to_device(tensor, device):
+    """The tensor there. CUDA copies pinned memory while the CPU goes on; MPS would read memory that
+    may be another's by then (pytorch issue 189690), so it is waited for."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def compile_net(net, device):

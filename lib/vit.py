@@ -78,6 +78,8 @@ class ViT(nn.Module):
         self.is_clip = "head.weight" in weights
         self.size = size or (336 if self.is_clip else 518)
         eps = 1e-5 if self.is_clip else 1e-6
+        colours = torch.tensor(CLIP if self.is_clip else DINO)[:, :, None, None]
+        self.register_buffer("colours", colours, persistent=False)     # mean and deviation
         self.patch_embed = nn.ModuleDict(
             {"proj": nn.Conv2d(3, dim, patch, patch, bias=not self.is_clip)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -97,7 +99,7 @@ class ViT(nn.Module):
         x = images[..., top:top + side, left:left + side].float() / 255
         if side != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=self.is_clip)
-        mean, std = torch.tensor(CLIP if self.is_clip else DINO, device=x.device)[:, :, None, None]
+        mean, std = self.colours
         return (x - mean) / std
 
     def positions(self, grid):
