@@ -3,8 +3,8 @@
     python -m bench.speed | tee speed.md
     python -m bench.speed --quick --only reading
 
-All is timed in turns. The peak is that of a large square matrix product in the same turns, a step
-counts as three forward passes. At r images/s, the paper's run takes 71,111 / r hours.
+Rows of one kind are timed in turns, with a large square matrix product, whose speed is the peak. A
+step counts as three forward passes. At r images/s, the paper's run takes 71,111 / r hours.
 """
 import contextlib
 import gc
