@@ -38,8 +38,7 @@ T, Y = torch.rand(N, device=DEVICE), torch.arange(N, device=DEVICE)
 
 
 def compare(what, n, tasks, flops=0, precision="fp32", repeat=1):
-    """Time functions {name: function} in turns, each a call for n images of so many FLOPs. Yields a
-    row of the table for each."""
+    """Table rows of of {name: function}, timed in turns: n images of so many FLOPs each."""
     functions, side, seconds = dict(tasks), 8192 if CUDA else 2048, {}
     if flops:
         a = torch.randn(side, side, device=DEVICE).to(DTYPES[precision])
@@ -157,7 +156,8 @@ def scoring(model, folder):
     side = 16 if CUDA else 4
     denoiser = Denoiser(JLT(side, 1, 128, **SIZES[model]).to(DEVICE).eval())
     compile_net(denoiser.net, DEVICE)
-    velocity, z = guided_velocity(denoiser, Y, 2.9), Z[:, :, :side, :side]
+    cast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA)  # as fid.py draws there
+    velocity, z = cast(guided_velocity(denoiser, Y, 2.9)), Z[:, :, :side, :side]
     codec, inception = Taef2().to(DEVICE), Inception().to(DEVICE).eval()
     images = torch.zeros(N, 3, 16 * side, 16 * side, dtype=torch.uint8, device=DEVICE)
     tasks = {"drawing, 99 evaluations": partial(ode_sample, velocity, z, 50),
