@@ -38,7 +38,7 @@ T, Y = torch.rand(N, device=DEVICE), torch.arange(N, device=DEVICE)
 
 
 def compare(what, n, tasks, flops=0, precision="fp32", repeat=1):
-    """Table rows of of {name: function}, timed in turns: n images of so many FLOPs each."""
+    """Table rows of {name: function}, timed in turns: n images of so many FLOPs each."""
     functions, side, seconds = dict(tasks), 8192 if CUDA else 2048, {}
     if flops:
         a = torch.randn(side, side, device=DEVICE).to(DTYPES[precision])
