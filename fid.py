@@ -31,7 +31,7 @@ from lib.inception import CLASSES, FEATURES
 from lib.judges import METRICS, gathered, judge_flags, load_judges, spread
 from lib.log import append_score, read_scores
 from lib.npz import Reference, npz_images, read_statistics, write_statistics
-from lib.run import BadInput, connect, program, rank, rank_batches, say, world_size
+from lib.run import BadInput, connect, from_rank_0, program, rank, rank_batches, say, world_size
 from model import TARGETS
 from sample import METHODS, Sampling, evaluations, generate, pick_classes, with_floor
 from vae import from_uint8, load_vae, open_vae, to_uint8
@@ -166,7 +166,7 @@ def score(batches, n, judges):
                     continue
                 for i, row in zip(indices, embeddings.half().cpu()):
                     if i in few:
-                        kept[name][i] = row
+                        kept[name][i] = row.clone()  # a view would keep its whole batch
             bar.update(min(len(indices) * world_size(), n - bar.n))
     found = {name: gathered(rows, spread(n)) for name, rows in kept.items()}
     if "fid" in judges:
@@ -306,7 +306,7 @@ def score_checkpoint(args, judges, reference, device):
                                                 net.num_classes)
         if n >= 1000:  # compiling takes up to a minute or two
             compile_net(net, device)
-        known = read_scores(table, COLUMNS)  # an interrupted sweep goes on
+        known = from_rank_0(read_scores(table, COLUMNS))  # an interrupted sweep goes on
         cells = itertools.product(args.cfg or [settings["cfg"]],
                                   args.interval or [tuple(settings["interval"])])
         for cfg, times in cells:

@@ -832,6 +832,7 @@ def test_streamed_statistics_are_those_of_all_at_once(n, batch):
 TWO_RANKS = """
 import sys, torch, fid, test_all, train
 fid.connect()
+assert fid.from_rank_0([fid.rank()]) == [0]
 x = test_all.rows(100, size=2)[0].flatten(1)
 statistics = fid.Statistics(100, features=12, classes=8)
 for part in fid.rank_batches(100, 7):

@@ -47,13 +47,5 @@ class Contrastive(Ablation):
         return super().loss(pred, x, t, e) - self.contrastive_weight * away
 
 
-def contrastive_loss(denoiser, x, y, t, e, x_other, e_other, weight, drop=None):
-    """The loss, a scalar, of any Denoiser's network: x_other, e_other (x's shape) are each image's
-    other image and its noise; the rest is as in Denoiser.forward."""
-    own = Contrastive(denoiser.net, denoiser.target, denoiser.loss_space, t_eps=denoiser.t_eps)
-    own.v_other, own.contrastive_weight = x_other - e_other, weight
-    return super(Contrastive, own).forward(x, y, t, e, drop)
-
-
 if __name__ == "__main__":
     raise SystemExit(main(Contrastive))

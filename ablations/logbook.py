@@ -5,12 +5,12 @@
     python -m ablations.logbook --study techniques --latents CACHE --ref REF --teacher FILE
     python -m ablations.logbook ... --only x-1-seed0 v-1-seed0        some runs, beside the others
 
-What is done is not done again: the same command continues. Flags that are unknown here go to
-train.py. In the table, fit and val are the error of the velocity on training images and on --val's,
-at training's times; what stands after a score is the guidance scale it was found best at.
+What is done is not done again. Flags that are unknown here go to train.py. In the table, fit and
+val are the error of the velocity on training images and on --val's, at training's times.
 """
+import gc
 import pathlib
-import signal
+import shlex
 import time
 
 import torch
@@ -19,10 +19,10 @@ import fid
 import train
 from ablations import join, load
 from ablations.repa import load_teacher
-from ablations.studies import PRX, RECIPE, STUDIES, chosen
+from ablations.studies import RECIPE, STUDIES, chosen, told
 from lib.flags import Parser, number
 from lib.log import error_columns, read_scores, read_table
-from lib.run import program, say
+from lib.run import BadInput, program, say, world_size
 from model import JLT, SIZES
 
 SEARCHED, SEARCH_N = ("1.5", "2", "3"), 1000  # guidance scales, and images to choose among them
@@ -38,11 +38,9 @@ def train_row(args, others, row, run):
         words += [f"--{name}", vars(args)[name]]
     words += ["--val", args.val] if args.val else []
     torch.compiler.reset()  # or the graphs of all runs count against one limit
+    gc.collect()  # of the run before, which refers to itself
     technique = row.techniques and join(*map(load, row.techniques))
-    code = train.main([*map(str, words), *row.flags.split(), *others], technique or None)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # train.py has caught them
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return code
+    return train.main([*map(str, words), *shlex.split(row.flags), *others], technique or None)
 
 
 def score_row(args, row, run):
@@ -58,11 +56,11 @@ def score_row(args, row, run):
         code = code or measure("--num-samples", args.fid_n, "--cfg", 1, *words.split())
     if row.search:
         code = code or measure("--num-samples", SEARCH_N, "--cfg", *SEARCHED, *FAST)
-        if not code:
-            found = scores(run)
-            best = min(SEARCHED, key=lambda c: found[f"FID-{SEARCH_N}, cfg {c}, ab2, floor 0.05"])
-            code = measure("--num-samples", args.fid_n, "--cfg", best)
-    return code
+    if code or not row.search:
+        return code
+    found, name = scores(run), "FID" if "fid" in args.metrics else "MMD"
+    best = min(SEARCHED, key=lambda c: found[f"{name}-{SEARCH_N}, cfg {c}, ab2, floor 0.05"])
+    return measure("--num-samples", args.fid_n, "--cfg", best)
 
 
 def scores(run):
@@ -99,6 +97,8 @@ def markdown(rows):
 def estimate(args, rows):
     """Hours of this machine that training takes, by a few steps of the plain network."""
     data = train.codec.LatentDataset(args.latents)
+    if data.shape[1] % args.patch:
+        raise BadInput(f"--patch {args.patch}: does not divide {data.shape[1]}")
     net = JLT(data.shape[1], args.patch, data.shape[0], num_classes=data.num_classes,
               **SIZES[args.model])
     x, y = data.batch(range(min(32, len(data))))
@@ -125,10 +125,12 @@ def main(argv=None):
     add("--only", nargs="+", metavar="NAME", help="some of the runs (default: all)")
     add("--out", type=path, help="folder of the runs (default: out/STUDY)")
     for name, value in RECIPE.items():
-        add(f"--{name}", type=type(value), default=value, help="as in train.py, for all alike")
+        add(f"--{name}", type=type(value), default=value, help="as in train.py, for all alike",
+            choices=SIZES if name == "model" else None)
     args, others = parser.parse_known_args(argv)
-    out = args.out or path("out") / args.study
-    rows = chosen(args)
+    if world_size() > 1:
+        raise BadInput("one process runs a study: without torchrun")
+    out, rows, table = args.out or path("out") / args.study, chosen(args), []
     todo = [row for row in rows if scores(out / row.name).get("step") != str(args.steps)]
     say(f"{len(rows)} runs, {len(todo)} to train: {', '.join(row.name for row in todo)}; about "
         f"{estimate(args, todo):.1f} hours, scores apart")
@@ -137,12 +139,10 @@ def main(argv=None):
     if args.ref:  # what will be needed is seen to before the hours of training
         fid.load_reference(args.ref, args.metrics)
         fid.load_judges(args.metrics, args.inception)
-    table = []
     for row, run in [(row, out / row.name) for row in rows]:
         if code := train_row(args, others, row, run) or (args.ref and score_row(args, row, run)):
             return code  # stopped by a signal, or by an error that has been told
-        told = {"PRX": PRX[row.name]} if row.name in PRX else {}
-        table.append({"run": row.name} | scores(run) | told)
+        table.append({"run": row.name} | scores(run) | told(row))
     say(f"\n{args.latents}, {args.model}, {args.steps} steps of {args.batch}\n\n{markdown(table)}")
 
 

@@ -26,7 +26,7 @@ from train import draws, stream
 
 def spatial_norm(tokens, gamma):
     """Tokens (B, T, D) less gamma of their mean over the image's T tokens, over their deviation."""
-    mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True)
+    std, mean = torch.std_mean(tokens, 1, correction=0, keepdim=True)  # of one token: 0
     return (tokens - gamma * mean) / (std + 1e-6)
 
 
@@ -72,7 +72,7 @@ class Repa(Ablation):
         if not run.data.pictured:
             raise BadInput(f"{run.args.latents} holds no images for the teacher: make it with "
                            "vae.py --keep-images")
-        if self.repa_conv and hasattr(self, "kept"):
+        if self.repa_conv and "tread" in run.settings["ablation"]:
             raise BadInput("--conv needs all tokens: it does not go with tread")
         teacher = load_teacher(self.repa_teacher, run.data.size).to(run.device).eval()
         self.teacher = [teacher]  # in a list: no part of this module, neither trained nor stored

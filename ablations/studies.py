@@ -1,5 +1,6 @@
 """What logbook.py can run: studies, each a list of runs that differ in one thing."""
 import dataclasses
+import shlex
 
 from lib.run import BadInput
 from model import TARGETS
@@ -40,7 +41,7 @@ def targets(args):
 
 def techniques(args):
     """Each technique of this folder, with x as the target, and some joined."""
-    repa = f"--teacher {args.teacher} --hidden {args.hidden}"
+    repa = f"--teacher {shlex.quote(str(args.teacher))} --hidden {args.hidden}"
     rows = [
         Row("plain", more=("--contrast -0.0526316",)), Row("plain-seed1", "--seed 1"),
         Row("contrastive", "", ("contrastive",), more=("--contrast 0.05",)),
@@ -50,6 +51,11 @@ def techniques(args):
         Row("repa-contrastive", repa, ("repa", "contrastive")),
         Row("repa-tread", repa, ("repa", "tread"))]
     return [row for row in rows if args.teacher or "repa" not in row.techniques]
+
+
+def told(row):
+    """What others report of such a run, {} or {column: text}."""
+    return {"PRX": PRX[row.name]} if row.name in PRX else {}
 
 
 STUDIES = {"nine": nine, "targets": targets, "techniques": techniques}

@@ -26,7 +26,7 @@ from lib.device import compile_net, pick_device
 from lib.flags import Parser, number
 from lib.inception import load_inception
 from lib.log import append_score, read_scores
-from lib.run import program, rank_batches, say
+from lib.run import image_batches, program, say
 from sample import balanced_labels, guided_velocity, image_noise, ode_sample
 from vae import open_vae, to_uint8
 
@@ -82,7 +82,7 @@ def measure_fid(denoiser, solver, cfg, evaluations, n, seed, vae, inception, ref
 
     def batches():
         nonlocal count
-        for indices in rank_batches(n, 250):
+        for indices in image_batches(n, 250):
             z, count = solve(denoiser, solver, cfg, evaluations, indices, seed)
             yield indices, to_uint8(vae.decode(z))
 
@@ -136,7 +136,8 @@ def main(argv=None):
     measure = "distance to a fine solution"
     if args.ref:
         measure = f"FID-{n}"
-        reference, inception = fid.load_reference(args.ref), load_inception(args.inception)
+        reference = fid.load_reference(args.ref)
+        inception = load_inception(args.inception, device)
         if args.bf16:
             measure, inception.precision = f"{measure}, Inception in bf16", torch.bfloat16
     for path, seed in itertools.product(args.ckpts, args.seed):

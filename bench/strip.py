@@ -56,7 +56,7 @@ def main(argv=None):
     cells, title = {}, f"predicted clean image, guidance {args.cfg:g}"
     for path in args.ckpts:
         denoiser = load_denoiser(path, device=pick_device())
-        net, names = denoiser.net, denoiser.settings["class_names"]
+        net, names = denoiser.net, denoiser.settings.get("class_names")
         vae = open_vae(denoiser.settings, net.in_channels, device=pick_device())
         classes = pick_classes(args.classes, names, net.num_classes)
         latents = predictions(denoiser, args.rows, classes, args.cfg, args.seed)

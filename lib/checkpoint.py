@@ -278,7 +278,7 @@ def resume(out, settings, nets, optimizer, beside):
         restore(tensors, nets, optimizer, beside)
         step, skipped = saved["step"], saved["skipped"]
         say(f"continues {out} at step {step}")
-    if mean_over_ranks(torch.tensor(float(step))) != step:
+    if mean_over_ranks(torch.tensor(step, dtype=torch.float64)) != step:
         raise RunFailed(f"ranks found different checkpoints, this one that of step {step}: do all "
                         "nodes see the same --out?")
     if step == 0:  # three whole checkpoints (last, previous, the next) and an export

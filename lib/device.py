@@ -92,7 +92,7 @@ def peak_memory(device):
 
 
 def data_parallel(module, device):
-    """The module with gradients summed over the ranks, where there are several. (Its only buffers
+    """The module with gradients averaged over the ranks, where there are several. (Its only buffers
     are constant tables, and gradients need no second copy.)"""
     if world_size() == 1:
         return module

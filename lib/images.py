@@ -36,6 +36,8 @@ def open_image(file) -> Image.Image:
 def center_crop(image, size):
     """ADM's crop: halve with a box filter, bring the short side to `size` with a bicubic one, cut
     out the middle."""
+    if max(image.size) > 100 * min(image.size):  # the short side may grow, and the long one with it
+        raise ValueError(f"{image.width}x{image.height}: too oblong")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -30,7 +30,7 @@ def reading(path):
 class Reference:
     mu: torch.Tensor      # (features,) float64
     sigma: torch.Tensor   # (features, features) float64
-    hash: str             # of both: it names the reference wherever a score is written
+    hash: str             # names the reference wherever a score is written: see named
     about: dict           # what the file says of its images: size, count, crop
     embeddings: dict      # {metric: (N, E) fp16}, of those but FID that it is good for
     root: torch.Tensor | None = None  # of sigma, once somebody has computed it
@@ -46,6 +46,15 @@ class Reference:
             raise BadInput(f"--ref is of {known} images, those to score are {size}")
 
 
+def named(mu, sigma, embeddings):
+    """(hash of mu and sigma, name of the reference): the name has a second part, of the embeddings
+    by other networks than Inception, whose weights mu and sigma do not tell."""
+    digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:12]
+    others = [rows.numpy().tobytes() for name, rows in sorted(embeddings.items()) if name != "mmd"]
+    more = f"-{hashlib.sha256(b''.join(others)).hexdigest()[:6]}" if others else ""
+    return digest, digest + more
+
+
 def read_statistics(path, width: int, metrics=("fid",)) -> Reference:
     """The Reference in any npz with `mu` (width,) and `sigma` (width, width), for other metrics
     than FID with their embeddings. Raises BadInput where something is missing or not right."""
@@ -53,7 +62,7 @@ def read_statistics(path, width: int, metrics=("fid",)) -> Reference:
         mu, sigma = (np.ascontiguousarray(file[name], np.float64) for name in ("mu", "sigma"))
         about = json.loads(str(file["meta"])) if "meta" in file else {}  # only ours have it
         embeddings = {name: torch.from_numpy(file[name]) for name in METRICS if name in file}
-        digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:12]
+        digest, name = named(mu, sigma, embeddings)
         if mu.shape != (width,) or sigma.shape != (width, width):
             raise ValueError(f"mu {mu.shape}, sigma {sigma.shape}, expected {width} features")
         if about.pop("hash", digest) != digest:
@@ -67,18 +76,17 @@ def read_statistics(path, width: int, metrics=("fid",)) -> Reference:
         raise BadInput(f"--ref {path}: no embeddings for {' '.join(missing)}: make it anew with "
                        f"--images FOLDER --save-ref and --metrics fid {' '.join(missing)}")
     sigma = (sigma + sigma.T) / 2
-    return Reference(torch.from_numpy(mu), torch.from_numpy(sigma), digest, about, embeddings)
+    return Reference(torch.from_numpy(mu), torch.from_numpy(sigma), name, about, embeddings)
 
 
 def write_statistics(path, mu, sigma, embeddings=None, **about):
     """Write what read_statistics reads; `about` as JSON in the array `meta`. Returns that."""
     arrays = {name: rows.numpy() for name, rows in (embeddings or {}).items()}
     mu, sigma = np.asarray(mu), np.asarray(sigma)
-    digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:12]
-    about["hash"] = digest
+    about["hash"], name = named(mu, sigma, embeddings or {})
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, mu=mu, sigma=sigma, meta=json.dumps(about, sort_keys=True), **arrays)
-    return Reference(mu, sigma, digest, about, embeddings or {})
+    return Reference(mu, sigma, name, about, embeddings or {})
 
 
 @contextlib.contextmanager
@@ -87,9 +95,9 @@ def open_samples(path):
     50,000 images of 256² are 10 GB: they are read one by one."""
     with reading(path), zipfile.ZipFile(path) as file, file.open("arr_0.npy") as stream:
         np.lib.format.read_magic(stream)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
-            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3)")
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(stream)
+        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or columns_first:
+            raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3) row by row")
         yield stream, shape
 
 

@@ -8,6 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
+STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP  # they ask to stop
+
 
 class BadInput(ValueError):
     """A mistake in what the user gave: one line, exit code 2."""
@@ -28,6 +30,7 @@ def program(main):
     2: bad input; 128 + the signal's number: interrupted. One of torchrun's ranks ends here."""
     @functools.wraps(main)
     def run(*args, **options):
+        caught = {number: signal.getsignal(number) for number in STOPS}
         try:
             code, line = main(*args, **options) or 0, ""
         except BadInput as error:
@@ -46,6 +49,9 @@ def program(main):
             print(f"error: {printable(line)}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             leave(code)
+        for number, handler in caught.items():  # for whoever called it from Python
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
         return code
     return run
 
@@ -101,6 +107,15 @@ def mean_over_ranks(tensor):
     return tensor / world_size()
 
 
+def from_rank_0(value):
+    """Rank 0's value, whatever the others have."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def split_batch(batch: int, most: int) -> tuple[int, int, int]:
     """(place of this rank's first image in the global batch, passes, images a pass): a pass takes
     the largest divisor of the rank's share that is at most `most`. Raises BadInput where the ranks
@@ -139,10 +154,9 @@ class StopSignal:
     def __init__(self):
         self.number, self.since = 0, 0.0
         self.sent, self.pending = None, None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.handle)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, self.handle)
+        for number in STOPS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         if not self.number:

@@ -13,7 +13,7 @@ import sample
 import train
 import vae
 from ablations import NAMES, join, load, main
-from ablations.contrastive import Contrastive, contrastive_loss
+from ablations.contrastive import Contrastive
 from ablations.repa import Repa, alignment, on_grid, spatial_norm
 from ablations.tread import Tread, keep
 from lib.cache import mean_latent
@@ -92,6 +92,13 @@ def run(way, cache, out, *more, **steps):
 
 # -------------------------------------------------------------------------------------------------
 # Formulas
+
+def contrastive_loss(denoiser, x, y, t, e, x_other, e_other, weight, drop=None):
+    """The loss of a Denoiser's network where each image's other is given."""
+    own = Contrastive(denoiser.net, denoiser.target, denoiser.loss_space, t_eps=denoiser.t_eps)
+    own.v_other, own.contrastive_weight = x_other - e_other, weight
+    return Denoiser.forward(own, x, y, t, e, drop)
+
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("loss", TARGETS)
@@ -173,7 +180,7 @@ def test_alignment_and_spatial_norm_by_plain_loops():
     for i in range(3):
         for d in range(5):
             column = teacher[i, :, d].numpy().astype(float)
-            wanted = (column - 0.6 * column.mean()) / (column.std(ddof=1) + 1e-6)
+            wanted = (column - 0.6 * column.mean()) / (column.std() + 1e-6)
             np.testing.assert_allclose(normed[i, :, d], wanted, rtol=1e-4, atol=1e-5)
     tokens = torch.arange(16.0).reshape(1, 16, 1)  # a 4x4 grid, row by row
     assert on_grid(tokens, 4).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
@@ -331,6 +338,8 @@ def test_mistakes_are_told_in_one_line(cache, plain, finished, tmp_path, refused
     refused(train_with("repa"), [*REPA, "--after", "9", *flags(cache, tmp_path)], "--after 9")
     refused(train_with("repa"), [*REPA, "--conv", "--with", "tread", *flags(cache, tmp_path)],
             "--conv needs all tokens")
+    other = ["--repa-teacher", REPA[1], "--repa-conv", "--with", "repa", *flags(cache, tmp_path)]
+    refused(train_with("tread"), other, "--conv needs all tokens")
     assert main(Tread, flags(cache, tmp_path / "half", "--share", "0.5", steps=2)) == 0
     refused(train_with("tread"), flags(cache, tmp_path / "half", "--share", "0.25"),
             "another ablation")

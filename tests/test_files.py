@@ -212,6 +212,7 @@ def test_unreadable_images_are_listed_left_out_and_tried_again(images, tmp_path,
     data = {name: (images / name).read_bytes() for name in names}
     for name, size in zip(names, (60, 0, 3)):
         (images / name).write_bytes(data[name][:size])
+    Image.new("RGB", (1, 101)).save(images / names[1])  # its other side would grow without bound
     assert write(images, out) == 0
     assert capsys.readouterr().err.count("warning: left out: ") == 3
     left = [lib.cache.read_header(path)[1]["unreadable"] for path in shards_of(out)]
@@ -439,6 +440,8 @@ def test_a_codec_is_judged_by_the_images_that_it_gives_back(
     command = ["--images", str(images), "--size", "6", "--vae", "pixels", "--ref", str(ref)]
     refused(fid.main, command, "--vae: 6x6 pixels, expected multiples of 4")
     refused(fid.main, [*command[:-2], "--save-ref", "new.npz"], "without --vae")
+    np.savez(tmp_path / "turned.npz", arr_0=np.asfortranarray(array.numpy()))
+    refused(fid.main, ["--npz", tmp_path / "turned.npz", "--ref", ref], "row by row")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def asked(monkeypatch, tmp_path):
         args = fid.parse(argv)
         known = fid.read_scores(run / "fid.csv", fid.COLUMNS)
         for scale in args.cfg:
-            known.append({"n": n, "cfg": f"{scale:g}", "fid": str(1 / scale),
+            known.append({"n": n, "cfg": f"{scale:g}", "fid": str(1 / scale), "mmd": str(scale),
                           "method": args.method, "t_eps": "0.05"})
         write_table(run / "fid.csv", fid.COLUMNS, known)
         return 0
@@ -68,12 +68,19 @@ def test_the_guidance_scale_is_searched_with_few_images_and_the_best_one_scored(
                       "5000 --cfg 1"]
 
 
+def test_where_fid_is_not_measured_the_scale_is_searched_by_mmd(asked, tmp_path):
+    more = "--ref", "r.npz", "--metrics", "mmd", "--only", "x-1-seed0"
+    assert study("targets", tmp_path, *more) == 0
+    assert asked[-1][0][-2:] == ["--cfg", "1.5"]
+
+
 def test_techniques_are_trained_by_their_classes_and_repa_where_there_is_a_teacher(asked, tmp_path):
-    assert study("techniques", tmp_path, "--teacher", "file", "--hidden", "64") == 0
+    assert study("techniques", tmp_path, "--teacher", "a file", "--hidden", "64") == 0
     names = [technique and technique.name for _, technique in asked]
     assert names == [None, None, "contrastive", "tread", "repa", "repa", "repa",
                      "repa-contrastive", "repa-tread"]
-    assert "--teacher file --hidden 64 --until 2" in " ".join(asked[6][0])
+    assert "a file" in asked[6][0]
+    assert "--teacher a file --hidden 64 --until 2" in " ".join(asked[6][0])
     args = Parser("").parse_args([])
     args.teacher, args.hidden, args.steps = None, 64, 8
     assert [row.name for row in techniques(args)] == ["plain", "plain-seed1", "contrastive",
@@ -89,14 +96,20 @@ def test_a_study_that_is_stopped_stops(asked, tmp_path, monkeypatch):
 @pytest.mark.parametrize("study, words, told", [
     ("nine", ["--ref", "nowhere.npz"], "nowhere.npz"),
     ("techniques", ["--teacher", "no.module:here"], "no.module:here"),
-    ("nine", ["--only", "x-2"], "--only x-2: expected some of x-vloss-seed0")])
+    ("nine", ["--only", "x-2"], "--only x-2: expected some of x-vloss-seed0"),
+    ("nine", ["--model", "Q"], "--model: invalid choice: 'Q'"),
+    ("nine", ["--patch", "3"], "--patch 3: does not divide 8")])
 def test_what_will_be_needed_is_seen_to_before_training(
         monkeypatch, tmp_path, refused, study, words, told):
     from test_all import small_cache
     monkeypatch.setattr(train, "main", lambda argv, technique: pytest.fail("it has begun"))
-    monkeypatch.setattr(logbook, "estimate", lambda args, rows: 0)
     refused(logbook.main, ["--study", study, "--latents", small_cache(tmp_path), "--out", tmp_path,
                            *words], told)
+
+
+def test_torchrun_is_refused(monkeypatch, tmp_path, refused):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(logbook.main, ["--study", "nine", "--latents", tmp_path], "without torchrun")
 
 
 def test_hours_are_estimated_from_a_few_steps(tmp_path):

@@ -10,6 +10,7 @@ import fid
 import lib.judges
 from lib.judges import spread
 from lib.log import append_score, read_scores, read_table
+from lib.npz import read_statistics, write_statistics
 from test_all import SmallInception, picture_folder
 
 
@@ -91,6 +92,26 @@ def test_all_metrics_in_one_pass(tmp_path, monkeypatch, small_inception, refused
     refused(fid.main, [*score, "dino", "--dino", "x"], "no embeddings for dino", "--save-ref")
     refused(fid.main, [*score, "cmmd"], "give --clip openai/clip-vit-large-patch14-336")
     refused(fid.main, "--images real --save-ref new.npz --metrics mmd".split(), "statistics of FID")
+
+
+def test_an_embedding_is_kept_without_its_batch(monkeypatch):
+    """A view would be stored, and sent to the other ranks, with all of the batch's memory."""
+    seen = {}
+    monkeypatch.setattr(fid, "gathered", lambda rows, indices: seen.update(rows))
+    fid.score([(range(6), torch.zeros(6, 3, 8, 8, dtype=torch.uint8))], 6, {"cmmd": SmallViT()})
+    assert {row.untyped_storage().nbytes() for row in seen.values()} == {2 * 4} and len(seen) == 6
+
+
+def test_a_reference_of_another_judge_has_another_name(tmp_path):
+    """But that of Inception, whose mean and covariance are in the name anyway."""
+    one, names = np.eye(4), []
+    for rows in ({}, {"mmd": 0}, {"mmd": 1}, {"dino": 0}, {"dino": 1}):
+        embeddings = {name: torch.full((2, 4), value).half() for name, value in rows.items()}
+        made = write_statistics(tmp_path / "ref.npz", one[0], one, embeddings)
+        assert read_statistics(tmp_path / "ref.npz", 4).hash == made.hash
+        names.append(made.hash)
+    assert len(set(names[:3])) == 1 and len(set(names)) == 3
+    assert all(name.startswith(names[0]) for name in names)
 
 
 def test_tables_of_before_the_other_metrics_are_read(tmp_path):

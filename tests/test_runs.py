@@ -26,7 +26,7 @@ import train
 import vae
 from lib.files import atomic, lock_folder
 from lib.log import read_table
-from lib.run import BadInput, RunFailed, StopSignal, barrier, connect, leave, rank
+from lib.run import STOPS, BadInput, RunFailed, StopSignal, barrier, connect, leave, rank
 from test_all import ROOT, flags, picture_folder, same_run, small_cache, torchrun
 
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++ on a CPU")
@@ -248,6 +248,12 @@ def test_two_ranks_train_compiled(both):
     assert int(compiled[0]["graphs"]) > 0 and compiled[0]["graphs"] == compiled[3]["graphs"]
     norms = [[float(row["grad_norm"]) for row in rows] for rows in (plain, compiled)]
     np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+def test_a_program_leaves_signals_as_it_found_them(finished):
+    before = [signal.getsignal(number) for number in STOPS]
+    assert train.main(flags(*finished)) == 0
+    assert [signal.getsignal(number) for number in STOPS] == before
 
 
 def test_a_mistake_under_torchrun_is_said_once(finished, tmp_path):
