@@ -91,10 +91,11 @@ def measure_fid(denoiser, solver, cfg, evaluations, n, seed, vae, inception, ref
 
 
 def draw(path, rows):
-    """One panel for each scale of guidance: the measure against evaluations, both logarithmic."""
+    """One panel for each scale of guidance: the measure against evaluations, distances as logs."""
     scales = sorted({row["cfg"] for row in rows})
     figure, panels = pyplot().subplots(1, len(scales), figsize=(6 * len(scales), 4.5),
                                        squeeze=False)
+    scale = "linear" if rows[0]["measure"].startswith("FID") else "log"
     looks = dict(zip(SOLVERS, ("o-", "s--", "x:", "D-", "d--")))
     for panel, cfg in zip(panels[0], scales):
         lines = {}
@@ -105,7 +106,7 @@ def draw(path, rows):
         for (target, solver), points in lines.items():
             panel.plot(*zip(*sorted(points)), looks[solver], color=COLOURS.get(target),
                        markersize=4, label=f"{target}: {solver}")
-        panel.set(xscale="log", yscale="log", xlabel="evaluations of the velocity",
+        panel.set(xscale="log", yscale=scale, xlabel="evaluations of the velocity",
                   title="unguided" if cfg == "1" else f"guidance {cfg} where t > {EDGE[0]:g}")
         panel.set_ylabel(rows[0]["measure"])
         panel.grid(alpha=0.3, which="both")

@@ -61,8 +61,8 @@ def main(argv=None):
         classes = pick_classes(args.classes, names, net.num_classes)
         latents = predictions(denoiser, args.rows, classes, args.cfg, args.seed)
         strip = torch.stack([to_uint8(vae.decode(z)).cpu() for z in latents], 1)
-        cells |= {(title, f"{denoiser.target} {i + 1}"): row for i, row in enumerate(strip)}
-    names = sorted((name for _, name in cells), key=lambda name: int(name.split()[1]))  # by image
+        cells |= {(title, f"{denoiser.target}, no. {i + 1}"): row for i, row in enumerate(strip)}
+    names = sorted((name for _, name in cells), key=lambda name: int(name.split()[2]))  # by image
     captions = [f"t = {t:g}" for t in TIMES] + ["sample"]
     with atomic(args.out) as temporary:
         side_by_side(cells, names, len(captions), captions).save(temporary, "png")
