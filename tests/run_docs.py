@@ -30,6 +30,7 @@ SHORT = {  # what takes long, the first that fits: flags that make it short; a f
     "ablations.logbook": "--steps 4",
     "bench.speed": "--quick --only reading",
     "bench.solvers": "--evaluations 7 --solvers ab2 --num-samples 12",
+    "bench.room": "--steps 10 --widths 32",
     "bench.digits": "--n 100 --steps 5",
     "bench.progress": "--ode-steps 5", "bench.cost": "--turns 2"}
 OLD = re.compile(r"--(steps|num-samples|fid-n|keep-every|ode-steps) \S+ ?")
