@@ -4,10 +4,10 @@
     python -m bench.room data/cifar10-64:1 data/cifar10-64:2 data/cifar10:8 --out assets/room.png
 
 For each cache and patch size (unseen images: CACHE-test, beside it) and each width, x and v are
-trained for 1,000 steps. Printed and drawn is how much larger v's error of the velocity is
-than x's, on unseen images. Room, the axis, is width / (patch² C), channels for each number of a
-token. Lines are the same of the best linear prediction that passes so many numbers a token
-(bench/spectrum.py), at training's times. What is done is not done again.
+trained for 1,000 steps. Printed and drawn is how much larger v's error of the velocity is than x's,
+on unseen images. Room, the axis, is channels for each number of a token, width / (patch² C), or the
+bottleneck's where it is narrower. Lines are the same of the best linear prediction that passes so
+many numbers a token (bench/spectrum.py), at training's times. What is done is not done again.
 """
 import argparse
 import itertools
