@@ -28,7 +28,7 @@ from lib.device import compile_net, pick_device, use_bf16
 from lib.flags import Parser, interval, number, sampling_flags
 from lib.images import folder_images
 from lib.inception import CLASSES, FEATURES
-from lib.judges import METRICS, gathered, judge_flags, load_judges, spread
+from lib.judges import METRICS, gathered, judge_flags, judge_names, load_judges, spread
 from lib.log import append_score, read_scores
 from lib.npz import Reference, npz_images, read_statistics, write_statistics
 from lib.run import BadInput, connect, from_rank_0, program, rank, rank_batches, say, world_size
@@ -279,9 +279,9 @@ def score_files(args, judges, reference, device):
                    for indices, images in batches)
     found = score(batches, n, judges)
     if args.save_ref and rank() == 0:
-        mu, sigma = found["fid"].mean_and_covariance()
         others = {name: rows for name, rows in found.items() if name != "fid"}
-        made = write_statistics(args.save_ref, mu, sigma, others, size=size, count=n, crop=crop)
+        about = dict(size=size, count=n, crop=crop, judges=judge_names(judges))
+        made = write_statistics(args.save_ref, *found["fid"].mean_and_covariance(), others, **about)
         say(f"{made} -> {args.save_ref}")
     if reference:
         warn_about(n)
@@ -337,8 +337,8 @@ def main(argv=None):
         raise BadInput(f"--save-ref {out}: expected NAME.npz in a folder that can be written to")
     connect()
     device = pick_device()
-    judges = load_judges(args.metrics, args.inception, args.clip, args.dino, device)
     reference = load_reference(args.ref, args.metrics) if args.ref else None
+    judges = load_judges(args.metrics, args.inception, args.clip, args.dino, device, reference)
     say(reference or "no reference: statistics alone")
     if args.ckpt:
         score_checkpoint(args, judges, reference, device)

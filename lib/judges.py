@@ -4,6 +4,7 @@ import pathlib
 import torch
 import torch.distributed as dist
 
+from lib.checkpoint import weights_hash
 from lib.inception import load_inception
 from lib.run import BadInput, world_size
 from lib.vit import load_vit
@@ -24,9 +25,10 @@ def judge_flags(add):
     add("--dino", help=WANTED["dino"])
 
 
-def load_judges(metrics, inception=None, clip=None, dino=None, device="cpu"):
+def load_judges(metrics, inception=None, clip=None, dino=None, device="cpu", reference=None):
     """{metric: network} in the order of METRICS; fid and mmd share Inception. inception, clip,
-    dino: where their weights are. Raises BadInput for weights that are missing."""
+    dino: where their weights are. Raises BadInput for weights that are missing, or that are not
+    those which the reference was made by."""
     judges = {}
     for metric in METRICS:
         if metric in ("fid", "mmd") and metric in metrics:
@@ -36,7 +38,17 @@ def load_judges(metrics, inception=None, clip=None, dino=None, device="cpu"):
             if path is None:
                 raise BadInput(f"--metrics {metric}: give {WANTED[metric]}")
             judges[metric] = load_vit(path, device=device)
+    made_by = reference.about.get("judges", {}) if reference else {}
+    for metric, name in judge_names(judges).items():
+        if made_by.get(metric, name) != name:
+            raise BadInput(f"--ref: its {metric} is by another network ({made_by[metric]}) than "
+                           f"--{WANTED[metric].split()[0][2:]} has ({name})")
     return judges
+
+
+def judge_names(judges):
+    """{metric: hash of its network's weights}, but for Inception, of which there is one alone."""
+    return {metric: weights_hash(judges[metric]) for metric in WANTED if metric in judges}
 
 
 def spread(n):

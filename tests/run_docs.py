@@ -20,8 +20,9 @@ PAGES = ("README", "docs/tutorial", "docs/your-images", "docs/results", "docs/me
 NEEDS = {  # what a command that is left out contains: why
     "torchrun": "several GPUs", "srun": "a cluster", "imagenet": "ImageNet",
     "hf download": "a download", "checkpoint-last": "a download", "dinov2": "a download",
-    "git clone": "an address", "/mine": "a download (FLUX.2's codec)",
-    "--target u": "the edit that the text asks for", "pytest": "run apart"}
+    "cifar-10-binary": "a download", "/mine": "a download (FLUX.2's codec)",
+    "git clone": "an address", "--target u": "the edit that the text asks for",
+    "pytest": "run apart"}
 SHORT = {  # what takes long, the first that fits: flags that make it short; a flag's last counts
     "--model B": "--steps 2 --batch 4 --sample-every 0", "ablations.tread": "--steps 2 --batch 4",
     "train.py": "--steps 40 --sample-every 20 --save-every 20", "sample.py": "--steps 5",

@@ -1,9 +1,13 @@
 """What in bench/ has a closed form, and the tables and logs that it reads."""
+import io
+import tarfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from bench import geometry, room, spectrum, strip
+from bench import cifar10, geometry, room, spectrum, strip
 from model import TARGETS, Denoiser, slope
 
 VARIANCES = torch.tensor([5.0, 1.0, 0.1, 0.0], dtype=torch.float64)
@@ -92,3 +96,23 @@ def test_theory_of_room_sees_no_gap_where_all_numbers_pass():
     assert v == pytest.approx(x)
     x, v = room.theory(VARIANCES, 3)  # room for all that varies, not for all noise
     assert x == pytest.approx(room.theory(VARIANCES, 4)[0]) and v > 1.01 * x
+
+
+def test_cifar10s_own_file_becomes_class_folders(tmp_path, refused):
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    records = [bytes([label]) + image.transpose(2, 0, 1).tobytes()
+               for label, image in zip((1, 0, 1), images)]
+    files = {f"{name}.bin": b"".join(records) for name in cifar10.PARTS}
+    meta = {"batches.meta.txt": b"cat\ndog\n\n"}
+    for name, held in (("whole.tar.gz", files | meta), ("part.tar.gz", files)):
+        with tarfile.open(tmp_path / name, "w:gz") as tar:
+            for inside, data in held.items():
+                member = tarfile.TarInfo(f"cifar-10-batches-bin/{inside}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert cifar10.main([str(tmp_path / "whole.tar.gz"), str(tmp_path / "out")]) == 0
+    assert len(list(tmp_path.glob("out/train/*/*.png"))) == 15
+    for label, image, number in zip(("dog", "cat", "dog"), images, range(3)):
+        path = tmp_path / f"out/test/{label}/test_batch-{number:05d}.png"
+        assert np.array_equal(np.asarray(Image.open(path)), image)
+    refused(cifar10.main, [tmp_path / "part.tar.gz", tmp_path / "out"], "expected cifar-10-binary")
