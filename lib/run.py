@@ -1,6 +1,7 @@
 """How a program runs: errors of one line, torchrun's ranks, signals."""
 import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP  # they ask to stop
+NO_MEMORY = "out of memory|can't allocate memory"  # what CUDA and MPS say, and the CPU
 
 
 class BadInput(ValueError):
@@ -37,11 +39,13 @@ def program(main):
             code, line = 2, error
         except KeyboardInterrupt:
             code, line = 130, "interrupted"
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            code = 1
-            line = f"out of memory: lower --micro in train.py, --batch elsewhere ({error})"
         except (RunFailed, OSError) as error:
             code, line = 1, error
+        except (MemoryError, RuntimeError) as error:  # torch has a class of its own for CUDA alone
+            if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+                raise
+            code = 1
+            line = f"out of memory: lower --micro in train.py, --batch elsewhere ({error})"
         if line:
             if rank():  # rank 0 mostly says the same, and torchrun then ends this one unheard
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -26,7 +26,7 @@ import train
 import vae
 from lib.files import atomic, lock_folder
 from lib.log import read_table
-from lib.run import STOPS, BadInput, RunFailed, StopSignal, barrier, connect, leave, rank
+from lib.run import STOPS, BadInput, RunFailed, StopSignal, barrier, connect, leave, program, rank
 from test_all import ROOT, flags, picture_folder, same_run, small_cache, torchrun
 
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++ on a CPU")
@@ -254,6 +254,24 @@ def test_a_program_leaves_signals_as_it_found_them(finished):
     before = [signal.getsignal(number) for number in STOPS]
     assert train.main(flags(*finished)) == 0
     assert [signal.getsignal(number) for number in STOPS] == before
+
+
+def test_too_little_memory_is_told_in_one_line(capsys):
+    """A CPU, CUDA and MPS each say it with an error of their own; other errors keep their trace."""
+    def told(error):
+        @program
+        def main():
+            raise error
+        return main()
+
+    with pytest.raises(RuntimeError, match="allocate memory") as real:
+        torch.empty(10**15)
+    for error in (real.value, torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                  RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")):
+        assert told(error) == 1
+        assert capsys.readouterr().err.startswith("error: out of memory: lower --micro")
+    with pytest.raises(RuntimeError, match="memory access"):
+        told(RuntimeError("CUDA error: an illegal memory access"))
 
 
 def test_a_mistake_under_torchrun_is_said_once(finished, tmp_path):
