@@ -165,11 +165,12 @@ def picture_grid(images, columns, captions=(), title=""):
     width = gap + columns * (side + gap)
     height = head + math.ceil(len(tiles) / columns) * (side + gap)
     grid = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(13)
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
     draw.text((gap, 3), title, "black", font)
-    for column, caption in enumerate(captions[:columns]):
-        left = gap + column * (side + gap)
-        draw.text((left, 21), str(caption)[:side // 7], "dimgray", font)
+    for column, caption in enumerate(map(str, captions[:columns])):
+        while font.getlength(caption) > side:
+            caption = caption[:-1]
+        draw.text((gap + column * (side + gap), 21), caption, "dimgray", font)
     for i, tile in enumerate(tiles):
         row, column = divmod(i, columns)
         place = gap + column * (side + gap), head + row * (side + gap)
