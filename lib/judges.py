@@ -27,8 +27,8 @@ def judge_flags(add):
 
 def load_judges(metrics, inception=None, clip=None, dino=None, device="cpu", reference=None):
     """{metric: network} in the order of METRICS; fid and mmd share Inception. inception, clip,
-    dino: where their weights are. Raises BadInput for weights that are missing, or that are not
-    those which the reference was made by."""
+    dino: where their weights are. Raises BadInput for weights that are missing, or that are others
+    than the Reference was made with."""
     judges = {}
     for metric in METRICS:
         if metric in ("fid", "mmd") and metric in metrics:
@@ -41,13 +41,13 @@ def load_judges(metrics, inception=None, clip=None, dino=None, device="cpu", ref
     made_by = reference.about.get("judges", {}) if reference else {}
     for metric, name in judge_names(judges).items():
         if made_by.get(metric, name) != name:
-            raise BadInput(f"--ref: its {metric} is by another network ({made_by[metric]}) than "
-                           f"--{WANTED[metric].split()[0][2:]} has ({name})")
+            raise BadInput(f"{WANTED[metric].split()[0]}: another network ({name}) than made the "
+                           f"{metric} of --ref ({made_by[metric]})")
     return judges
 
 
 def judge_names(judges):
-    """{metric: hash of its network's weights}, but for Inception, of which there is one alone."""
+    """{metric: hash of its network's weights}, but of Inception, of which there is only one."""
     return {metric: weights_hash(judges[metric]) for metric in WANTED if metric in judges}
 
 
