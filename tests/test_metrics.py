@@ -91,7 +91,7 @@ def test_all_metrics_in_one_pass(tmp_path, monkeypatch, small_inception, refused
 
     refused(fid.main, [*score, "dino", "--dino", "x"], "no embeddings for dino", "--save-ref")
     monkeypatch.setattr(lib.judges, "load_vit", lambda path, device: SmallViT())
-    refused(fid.main, [*score, "cmmd", "--clip", "x"], "--clip: another network", "made the cmmd of --ref")
+    refused(fid.main, [*score, "cmmd", "--clip", "x"], "--clip: another network")
     refused(fid.main, [*score, "cmmd"], "give --clip openai/clip-vit-large-patch14-336")
     refused(fid.main, "--images real --save-ref new.npz --metrics mmd".split(), "statistics of FID")
 
