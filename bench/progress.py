@@ -60,7 +60,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     sampling, cells, device = Sampling(args.cfg, steps=args.ode_steps), {}, pick_device()
     for run in args.runs:
-        for path in [*run.glob("ema-step*.safetensors"), run / "ema.safetensors"]:
+        for path in [*sorted(run.glob("ema-step*.safetensors")), run / "ema.safetensors"]:
             denoiser = load_denoiser(path, device=device)
             settings, net, target = denoiser.settings, denoiser.net, denoiser.target
             step, cell = settings["step"], (f"{run}: predicts {target}", f"{settings['step']:,}")
