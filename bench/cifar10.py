@@ -8,6 +8,7 @@ then green, then blue.
 """
 import pathlib
 import tarfile
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -21,10 +22,11 @@ PARTS = {f"data_batch_{i}": "train" for i in range(1, 6)} | {"test_batch": "test
 def write_part(data, classes, folder, name):
     """The records `data` (bytes) as folder/<class>/NAME-NUMBER.png."""
     records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+    for label in classes:
+        (folder / label).mkdir(parents=True, exist_ok=True)
     for number, record in enumerate(records):
-        path = folder / classes[record[0]] / f"{name}-{number:05d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0)).save(path)
+        image = Image.fromarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
+        image.save(folder / classes[record[0]] / f"{name}-{number:05d}.png")
 
 
 @program
@@ -40,7 +42,7 @@ def main(argv=None):
         classes = inside["batches.meta.txt"].decode().split()
         for name, part in PARTS.items():
             write_part(inside[f"{name}.bin"], classes, args.out / part, name)
-    except (tarfile.TarError, KeyError, ValueError, EOFError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, LookupError, ValueError) as error:
         raise BadInput(f"{args.file}: expected cifar-10-binary.tar.gz, whole ({error})") from None
     say(f"-> {args.out}")
 

@@ -38,8 +38,8 @@ def load_judges(metrics, inception=None, clip=None, dino=None, device="cpu", ref
             if path is None:
                 raise BadInput(f"--metrics {metric}: give {WANTED[metric]}")
             judges[metric] = load_vit(path, device=device)
-    made_by = reference.about.get("judges", {}) if reference else {}
-    for metric, name in judge_names(judges).items():
+    made_by = reference.about.get("judges") if reference else None
+    for metric, name in judge_names(judges).items() if made_by else ():
         if made_by.get(metric, name) != name:
             raise BadInput(f"{WANTED[metric].split()[0]}: another network ({name}) than made the "
                            f"{metric} of --ref ({made_by[metric]})")

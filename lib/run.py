@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP  # they ask to stop
-NO_MEMORY = "out of memory|can't allocate memory"  # what CUDA and MPS say, and the CPU
+NO_MEMORY = "out of memory|can't allocate memory"  # what MPS says, and the CPU
 
 
 class BadInput(ValueError):
@@ -42,7 +42,8 @@ def program(main):
         except (RunFailed, OSError) as error:
             code, line = 1, error
         except (MemoryError, RuntimeError) as error:  # torch has a class of its own for CUDA alone
-            if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+            known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not known and not re.search(NO_MEMORY, str(error)):
                 raise
             code = 1
             line = f"out of memory: lower --micro in train.py, --batch elsewhere ({error})"
