@@ -1,4 +1,4 @@
-"""The network and the objective of JLT (arXiv 2605.27102). The legend, kept to by every file here:
+"""The network and the objective of JLT (arXiv 2605.27102). The legend, used in every file here:
 
     x   the clean latent of an image, shape (B, C, H, W)
     e   noise of the same shape, e ~ N(0, I)                    (the paper's epsilon)
@@ -7,14 +7,16 @@
     v   the velocity of that path:       v = dz/dt = x - e
     y   the image's class label, 0 ... num_classes-1; num_classes itself stands for "no class"
 
-A sampler starts from noise and follows v to the data. Given z and t, any one of x, e and v gives
-the other two, so a network may be asked for any of them: its *target*. In algebra the three are
-equivalent. For a network of finite width they are not. Images lie near a surface of few dimensions,
-latents less so, but noise fills every dimension. A network that predicts x may forget what lies off
-the surface. One that predicts v or e has to carry all of the noise through to its output.
+A sampler starts from noise and follows v to the data. Given z and t, any one of x, e and v yields
+the other two, so a network may be trained to predict any of them: its *target*. The targets are
+algebraically equivalent, but they ask different things of a network. Where the data has little
+variance, the best prediction of x is close to a constant, while the best predictions of v and e
+still vary with the noise in z, and a network of finite width has to spend capacity on passing that
+noise through. (docs/tutorial.md works this out, and says what it does not explain.)
 
-`JLT` is the Transformer, which maps (z, t, y) to a tensor of z's shape (inside it x is the sequence
-of tokens, v a head's values). `Denoiser` gives that tensor a meaning, a loss and a velocity.
+`JLT` is the Transformer, which maps (z, t, y) to a tensor of z's shape. (Inside it, x is the
+sequence of tokens and v are an attention head's values.) `Denoiser` defines what that tensor means:
+its target, the loss, and the velocity that a sampler follows.
 """
 import math
 
@@ -30,7 +32,8 @@ SIZES = {
     "H": dict(hidden_size=1280, depth=32, num_heads=16, bottleneck=256),
 }
 
-# A target is a row (a, b): the network predicts a * x + b * e.
+# A target is a row (a, b): the network predicts a * x + b * e. A row may also be a function of t
+# that returns (a, b), since everything below holds at each t by itself.
 TARGETS = {
     "x":   (1, 0),
     "eps": (0, 1),
@@ -49,18 +52,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        # Autocast on CUDA would return fp32, to be cast again by every product after it. (The
-        # fused kernel sums the squares in fp32 whatever x is.)
+        # Under autocast, CUDA would return fp32, which every following matrix product would cast
+        # again. The fused kernel sums the squares in fp32 whatever x is.
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
 
 
 def rotary_table(grid, head_dim):
-    """cos and sin, each (grid*grid, head_dim), by which `rotate` turns each token's features.
+    """The tables cos and sin of 2-D rotary embedding, each (grid*grid, head_dim), for `rotate`.
 
-    A head's features come in pairs. The first half of the pairs turns with the token's row, the
-    second with its column: pair i of a half by position * 10000^(-2i/d) radians, d = head_dim/2. A
-    product of two turned vectors depends on their tokens' relative place (arXiv 2104.09864).
+    A head's features form pairs. The first half of the pairs rotates with the token's row, the
+    second half with its column: pair i of a half by position * 10000^(-2i/d) radians, where d is
+    head_dim/2. The product of a rotated query and key depends only on their tokens' relative
+    position (arXiv 2104.09864).
     """
     half = head_dim // 2
     frequency = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)  # (half/2,)
@@ -76,14 +80,16 @@ def rotary_table(grid, head_dim):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (a, b) of features of x (B, N, heads, d) by its angle; cos, sin: (N, 1, d).
-    (a cos - b sin, b cos + a sin) = (a, b) * (cos, cos) + (b, a) * (-sin, sin)."""
+    """Rotate each pair (a, b) of features of x (B, N, heads, d) by its angle; cos, sin: (N, 1, d).
+
+    (a cos - b sin, b cos + a sin) = (a, b) * (cos, cos) + (b, a) * (-sin, sin)
+    """
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)             # (b, a) of every pair
     return torch.addcmul(x * cos, swapped, sin)                         # x * cos + swapped * sin
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with rotary positions and qk-norm (of each head's q and k)."""
+    """Multi-head self-attention with rotary embedding and qk-norm (RMSNorm of each head's q, k)."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -104,8 +110,9 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward part: w3(silu(gate) * value), gate and value from one product (arXiv
-    2002.05202). At 2/3 of the width mlp_ratio * dim, three matrices cost what two would."""
+    """The feed-forward layer w3(silu(gate) * value), with gate and value from one matrix product
+    (arXiv 2002.05202). Its hidden width is 2/3 of mlp_ratio * dim, so that its three matrices cost
+    as much as the two of a plain MLP."""
 
     def __init__(self, dim, mlp_ratio):
         super().__init__()
@@ -120,13 +127,14 @@ class SwiGLU(nn.Module):
 
 def modulate(x, shift, scale):
     """x * (1 + scale) + shift. x: (B, N, dim); shift, scale: (B, dim), one per image."""
-    # addcmul(a, b, c) is a + b * c in one pass: moving memory is all that this costs.
+    # addcmul(a, b, c) is a + b * c in one pass over memory, and memory is all that this costs.
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 class Block(nn.Module):
-    """A Transformer block. The condition c shifts and scales what the norms give, and gates both
-    branches (adaLN-zero, from DiT, arXiv 2212.09748): a new block, its gates 0, is the identity."""
+    """A Transformer block with adaLN-zero conditioning (DiT, arXiv 2212.09748): the condition c
+    shifts and scales the normalised activations and gates both branches. The gates start at 0, so
+    a new block is the identity."""
 
     def __init__(self, dim, num_heads, mlp_ratio):
         super().__init__()
@@ -145,9 +153,9 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens: a convolution without bias into a bottleneck, then 1×1 up to the width.
-    The bottleneck drops what a patch can spare (at p = 1, FLUX.2's 128 channels pass whole); 0 is
-    none, as in the release. A patch is read in the order channel, row, column."""
+    """Patches to tokens: a patch-sized convolution without bias into a bottleneck, then a 1×1
+    convolution to the width, as the paper describes it. With bottleneck 0 it is one convolution, as
+    in the release. A patch is read in the order channel, row, column."""
 
     def __init__(self, patch_size, in_channels, dim, bottleneck):
         super().__init__()
@@ -161,13 +169,13 @@ class PatchEmbed(nn.Module):
 
     def forward(self, z):                                               # (B, C, H, W)
         x = self.proj2(self.proj1(z)) if self.bottleneck else self.proj(z)  # (B, dim, H/p, W/p)
-        # Contiguous: or all that comes after would lie channel by channel, and a step take longer.
+        # Without .contiguous() all later activations would be laid out channels first, and slower.
         return x.flatten(2).transpose(1, 2).contiguous()                # (B, N, dim)
 
 
 class TimeEmbed(nn.Module):
-    """t in [0, 1] (unscaled, as in the release) to a vector: cosines, then sines, of 128
-    frequencies, from 1 down to nearly 1/10000, then an MLP."""
+    """Sinusoidal embedding of t in [0, 1], which is not scaled (as in the release), then an MLP.
+    Cosines come first, then sines, of 128 frequencies from 1 down to nearly 1/10000."""
 
     def __init__(self, dim):
         super().__init__()
@@ -181,7 +189,7 @@ class TimeEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """A learned vector per class, and a last one, number num_classes, for "no class"."""
+    """A learned vector per class, and one more, number num_classes, for "no class"."""
 
     def __init__(self, num_classes, dim):
         super().__init__()
@@ -192,7 +200,7 @@ class LabelEmbed(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """From the width back to the numbers of a patch."""
+    """Tokens back to patches: norm, modulation, and a linear layer that starts at zero."""
 
     def __init__(self, dim, out_dim):
         super().__init__()
@@ -206,9 +214,12 @@ class FinalLayer(nn.Module):
 
 
 class JLT(nn.Module):
-    """The latent diffusion Transformer: (z, t, y) to a prediction of z's shape. input_size: height
-    and width of a latent. bottleneck: channels between patch and width, 0 for none. The parts'
-    names (`x_embedder`, although it embeds z) are those of the published weights."""
+    """The latent diffusion Transformer: (z, t, y) to a prediction of z's shape.
+
+    input_size: height and width of a latent. bottleneck: channels between patch and width, 0 for
+    none. The names of the parts (`x_embedder`, although it embeds z) are those of the published
+    weights. Raises ValueError for sizes that do not fit together.
+    """
 
     def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads,
                  mlp_ratio=4.0, num_classes=1000, bottleneck=128):
@@ -228,7 +239,7 @@ class JLT(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         cos, sin = rotary_table(input_size // patch_size, hidden_size // num_heads)
-        self.register_buffer("rotary_cos", cos, persistent=False)  # computed: not saved
+        self.register_buffer("rotary_cos", cos, persistent=False)  # not saved
         self.register_buffer("rotary_sin", sin, persistent=False)
         self.init_weights()
 
@@ -262,89 +273,115 @@ class JLT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)                     # (B, dim)
         cos = self.rotary_cos[:, None].to(x.dtype)                      # (N, 1, head_dim)
         sin = self.rotary_sin[:, None].to(x.dtype)                      # (N, 1, head_dim)
-        for block in self.blocks:
-            x = block(x, c, cos, sin)                                   # (B, N, dim)
+        x = self.run_blocks(x, c, cos, sin)                             # (B, N, dim)
         return self.unpatchify(self.final_layer(x, c))                  # (B, C, H, W)
+
+    def run_blocks(self, x, c, cos, sin):
+        for block in self.blocks:
+            x = block(x, c, cos, sin)
+        return x
 
 
 # -------------------------------------------------------------------------------------------------
 # The objective
 
+def coefficients(target: str, t):
+    """(a, b) of the target a * x + b * e at time t, a float or a tensor."""
+    row = TARGETS[target]
+    return row(t) if callable(row) else row
+
+
 def slope(target: str, t, floor=0.0) -> torch.Tensor:
-    """How much a target a*x + b*e moves when v moves by one, at fixed z and t: a(1-t) - b*t.
+    """How much the target a*x + b*e changes per unit of v, at fixed z and t: a(1-t) - b*t.
 
     Since x = z + (1-t) v and e = z - t v, the target is (a+b) z + slope * v. The slope is 1-t for
-    x, -t for eps, 1 for v: the targets carry the same information, and this is what differs.
+    x, -t for eps and 1 for v. The three carry the same information; this is where they differ.
 
-    t: a tensor or a float. floor: the least size of the result, its sign kept. a and b must not
-    have the same sign, or the slope would vanish inside (0, 1).
+    t: a float or a tensor. floor: the least magnitude of the result, which keeps its sign.
     """
-    a, b = TARGETS[target]
+    a, b = coefficients(target, t)
+    a_half, b_half = coefficients(target, 0.5)  # at 1/2, a slope of 0 would tell no sign at t = 0
     s = torch.as_tensor(a * (1 - t) - b * t)
-    return s.clamp(min=floor) if a > b else s.clamp(max=-floor)  # a > b: it is positive
+    return s.clamp(min=floor) if a_half > b_half else s.clamp(max=-floor)
 
 
 class Denoiser(nn.Module):
     """A network and what its output means: the target, the loss, the velocity.
 
-    target: what the network predicts. loss: the space of the squared error (`.loss_space`), in the
-        paper "v" whatever the target. Both are names of TARGETS.
-    P_mean, P_std: t = sigmoid(n), n ~ N(P_mean, P_std²): training dwells on t around 0.3.
-    t_eps: floor of the slope's size, by which predictions are divided: of 1-t for x, of t for eps.
-        Training hardly draws such times. Sampling, it shortens an x network's last steps (a little
-        noise stays) and an eps network's first.
-    label_drop: share of training images whose label is hidden, for guidance. train.py picks them.
+    target: what the network predicts, a name in TARGETS.
+    loss: the space of the squared error, also a name in TARGETS; kept as `.loss_space`. The paper
+        always uses "v", whatever the target.
+    P_mean, P_std: t = sigmoid(n) with n ~ N(P_mean, P_std²); half of training has t below 0.31.
+    t_eps: the least magnitude of the slope that a prediction is divided by, which is 1-t for x and
+        t for eps. Training hardly ever draws such times. A sampler does: it shortens the last steps
+        of an x network, which leaves a little noise, and the first steps of an eps network.
+    label_drop: share of training images that get the label "no class", so that the network can be
+        guided. train.py chooses which.
+
+    Raises ValueError for an unknown target, or one whose slope is zero somewhere inside (0, 1).
     """
 
     def __init__(self, net, target="x", loss="v", P_mean=-0.8, P_std=0.8, t_eps=0.05,
                  label_drop=0.1):
         super().__init__()
-        if target not in TARGETS or loss not in TARGETS:
-            raise ValueError(f"target {target!r}, loss {loss!r}: expected of {', '.join(TARGETS)}")
+        for name in (target, loss):
+            if name not in TARGETS:
+                raise ValueError(f"{name!r} is no target: expected {', '.join(TARGETS)}")
+            slopes = slope(name, torch.linspace(0.01, 0.99, 99), floor=-math.inf)
+            if not ((slopes > 0).all() or (slopes < 0).all()):
+                raise ValueError(f"target {name!r} says nothing about v at some t, where its slope "
+                                 "a(1-t) - bt is zero")
         self.net, self.target, self.loss_space = net, target, loss
         self.P_mean, self.P_std = P_mean, P_std
         self.t_eps, self.label_drop = t_eps, label_drop
-        self.mean_latent = None  # (C, H, W), of the data, where known: for sample.py --contrast
 
     def times(self, normals):
-        """Logit-normal times from standard normals (which train.py draws)."""
+        """Training's times (B,), from standard normals (B,), which train.py draws."""
         return torch.sigmoid(self.P_mean + self.P_std * normals)
 
     def loss_weight(self, t):
-        """w(t), by which |target - prediction|² becomes the squared error in the loss's space. (An
-        error of the prediction, over the target's slope, is one of v; times the loss's, of that.)
+        """w(t) (B,): w * |target - prediction|² is the squared error in the space of the loss.
+
+        Dividing the prediction error by the target's slope gives the velocity error; multiplying by
+        the loss space's slope gives the error there.
         """
-        if self.target == self.loss_space:  # without the floor, which would make it less than 1
+        if self.target == self.loss_space:  # the floor must not make this less than 1
             return torch.ones_like(t)
         return (slope(self.loss_space, t) / slope(self.target, t, self.t_eps)) ** 2
 
     def forward(self, x, y, t, e, drop=None) -> torch.Tensor:
         """The training loss, a scalar, of clean latents x (B, C, H, W) fp32 with labels y (B,)
-        int64, at times t (B,), with noise e (x's shape). drop: (B,) bool, the labels to hide; None
-        hides none. Under autocast all but the network stays fp32."""
-        if drop is not None:
-            y = torch.where(drop, self.net.num_classes, y)
+        int64, at times t (B,), with noise e of x's shape. drop: (B,) bool, the labels to drop; None
+        drops none. Under autocast everything but the network stays fp32."""
+        pred = self.net(self.noised(x, t, e), t, self.with_dropped(y, drop)).float()
+        return self.loss(pred, x, t, e)
+
+    def noised(self, x, t, e):
+        """z (B, C, H, W) at times t (B,)."""
         t4 = t[:, None, None, None]                                     # (B, 1, 1, 1)
-        z = t4 * x + (1 - t4) * e                                       # (B, C, H, W)
-        return self.loss(self.net(z, t, y).float(), x, t, e)
+        return t4 * x + (1 - t4) * e
+
+    def with_dropped(self, y, drop):
+        """Labels (B,) with "no class" where drop is true."""
+        return y if drop is None else torch.where(drop, self.net.num_classes, y)
 
     def loss(self, pred, x, t, e):
-        """The loss of a prediction (B, C, H, W)."""
-        a, b = TARGETS[self.target]
+        """The loss, a scalar, of a prediction (B, C, H, W)."""
+        a, b = coefficients(self.target, t[:, None, None, None])
         error = (pred - (a * x + b * e)).square().mean(dim=(1, 2, 3))   # (B,)
         return (self.loss_weight(t) * error).mean()
 
     def to_velocity(self, pred, z, t) -> torch.Tensor:
-        """The velocity that a prediction stands for; t a float or broadcastable to z. (At t = 0 a
-        perfect eps prediction is z itself: with a floor, the velocity is then 0.)"""
+        """The velocity that a prediction stands for; t: a float or broadcastable to z. (At t = 0 a
+        perfect eps prediction is z itself, so with a floor the velocity there is 0.)"""
         t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
-        a, b = TARGETS[self.target]
+        a, b = coefficients(self.target, t)
         return (pred - (a + b) * z) / slope(self.target, t, self.t_eps)
 
     def velocity(self, z, t, y) -> torch.Tensor:
-        """dz/dt at z (B, C, H, W), in fp32; t a float or (B,); y (B,) labels."""
+        """dz/dt at z (B, C, H, W), in fp32; t: a float or (B,); y: (B,) labels."""
         if not torch.is_tensor(t):
-            # Filled on the device: a copy from the CPU would wait for it.
+            # Filled on the device; copying a float from the CPU would wait for the GPU.
             t = torch.full((len(z),), t, dtype=torch.float32, device=z.device)
         pred = self.net(z, t, y).float()
         return self.to_velocity(pred, z, t[:, None, None, None])

@@ -1,52 +1,51 @@
 """The first stage: images <-> latents, and the cache of latents that training reads.
 
     python vae.py --images FOLDER --out CACHE               FOLDER/<class>/*.jpg -> CACHE/latents_*
-    torchrun --nproc_per_node=8 vae.py --images FOLDER      the very same files, written by 8 GPUs
-    python vae.py --images FOLDER --out CACHE --vae taef2   by the tiny codec; `pixels` is none
+    torchrun --nproc_per_node=8 vae.py --images FOLDER      the same files, written by 8 GPUs
+    python vae.py --images FOLDER --out CACHE --vae taef2   with the tiny codec; `pixels`: with none
 
-    picture file -> RGB -> center_crop -> encode -> latents -> write_cache -> shards of fp16
-                      8-bit images <- to_uint8 <- decode <- latents <- LatentDataset <- shards
+    image file -> RGB -> center_crop -> encode -> latents -> shards in fp16
+                   8-bit images <- to_uint8 <- decode <- latents <- LatentDataset <- shards
 
 Where FLUX.2's 128 channels come from: its convolutions turn a 3 x 256 x 256 image into 32 x 32 x
-32; then each 2 x 2 square of positions is stacked into channels (space-to-depth), 128 x 16 x 16;
-then each channel is normalised by mean and variance that the VAE's own BatchNorm has recorded.
+32. Each 2 x 2 square of positions is then stacked into channels (space-to-depth), which makes
+128 x 16 x 16, and each channel is normalised by a mean and variance that come with the VAE.
 
-Training mirrors half of its images. A mirrored *latent* is not the latent of the mirrored image (a
-channel may well hold a square's left half), so that is encoded too: the cache holds both.
+Training mirrors half of its images. Mirroring a *latent* does not give the latent of the mirrored
+image (a channel may well hold the left half of a square), so both are encoded and stored.
 """
 import hashlib
 import json
-import math
 import os
 import pathlib
 import sys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from lib import cache
+from lib.cache import LatentDataset  # noqa: F401 (for those who look for it here)
+from lib.cache import differences, file_stamp, open_shard, read_note, save_shard, shard_paths
 from lib.checkpoint import FLUX2, find_file
-from lib.device import cores, pick_device
-from lib.files import check_disk, lock_folder, prefetched
-from lib.flags import Parser, number
-from lib.images import list_images, read_picture
-from lib.run import BadInput, StopSignal, connect, printable, program, rank, say, world_size
+from lib.files import atomic, check_disk, lock_folder, prefetched
+from lib.flags import Parser, number, path, quoted
+from lib.images import list_images, read_image
+from lib.run import BadInput, StopSignal, barrier, cores, gather_objects, log, pick_device
+from lib.run import program, rank, warn, world_size
 from lib.taef2 import Taef2
 
 TAEF2 = "madebyollin/taef2"
-KINDS = {"AutoencoderKLFlux2": "flux2", "AutoencoderKL": "kl"}  # of diffusers
+KINDS = {"AutoencoderKLFlux2": "flux2", "AutoencoderKL": "kl"}  # classes of diffusers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # in fp16 FLUX.2's VAE overflows
-CHUNK = 16    # images that a codec takes at once: this bounds its memory
+CHUNK = 16    # images that a codec processes at once, which bounds its memory
 SHARD = 1024  # listed images per file of the cache
 
 
 # -------------------------------------------------------------------------------------------------
-# Codecs: networks with encode(images in [-1, 1]) -> normalised latents and decode, the way back
+# Codecs: networks with encode(images in [-1, 1]) -> normalised latents, and decode, its inverse
 
 class Pixels(torch.nn.Module):
-    """No codec: the latent is the image, and the same programs train a model of pixels."""
+    """No codec: the latent is the image, and the same programs train a model in pixel space."""
     kind, channels, stride = "pixels", 3, 1
 
     def encode(self, images):
@@ -57,19 +56,19 @@ class Pixels(torch.nn.Module):
 
 class AutoEncoder(torch.nn.Module):
     """A VAE of diffusers, from a folder or a Hugging Face id: FLUX.2's, or any AutoencoderKL (that
-    of Stable Diffusion, FLUX.1, REPA-E). diffusers' classes are the networks alone: what FLUX.2's
-    pipeline adds, space-to-depth and normalisation, is here. The others are normalised by what
-    their configuration says."""
+    of Stable Diffusion, FLUX.1, REPA-E). diffusers' FLUX.2 class is the bare network; what its
+    pipeline adds, space-to-depth and normalisation, is done here. Other latents are normalised by
+    what their configuration says. Raises ValueError for other networks and incomplete weights."""
 
     def __init__(self, source):
         super().__init__()
-        import diffusers  # takes seconds: imported only where it is used
+        import diffusers  # imported here because it takes seconds
         config = find_file(source, "vae/config.json", "config.json")
         name = json.loads(config.read_text())["_class_name"]
         self.kind = KINDS.get(name)
         if not self.kind:
             raise ValueError(f"config.json is of {name}, expected {' or '.join(KINDS)}")
-        # In a pipeline's repository the VAE lies in a folder of its own.
+        # In a pipeline's repository the VAE has a folder of its own.
         inside = config.parent.name == "vae"
         flux2 = self.kind == "flux2"
         kind = diffusers.AutoencoderKLFlux2 if flux2 else diffusers.AutoencoderKL
@@ -77,9 +76,12 @@ class AutoEncoder(torch.nn.Module):
             source, subfolder="vae" if inside else None, use_safetensors=True,
             low_cpu_mem_usage=False, output_loading_info=True)
         missing = [key for key in info["missing_keys"] if not key.endswith("num_batches_tracked")]
-        if missing:  # diffusers would go on with random numbers there
+        if missing:  # diffusers would leave random numbers there
             raise ValueError(f"the weights lack {missing[0]}")
         config = self.net.config
+        if (config.in_channels, config.out_channels) != (3, 3):
+            raise ValueError(f"its images have {config.in_channels} channels, those it decodes "
+                             f"{config.out_channels}: expected 3")
         self.square = 2 if flux2 else 1                      # space-to-depth of 2 x 2, or none
         self.channels = self.square ** 2 * config.latent_channels
         self.stride = self.square * 2 ** (len(config.block_out_channels) - 1)  # all levels but one
@@ -91,7 +93,8 @@ class AutoEncoder(torch.nn.Module):
         else:
             mean = torch.tensor(config.shift_factor or 0.0)
             std = torch.tensor(1 / config.scaling_factor)
-        self.mean, self.std = mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)  # (C or 1, 1, 1)
+        self.mean, self.std = (values.flatten().expand(self.channels).reshape(-1, 1, 1)
+                               for values in (mean, std))               # (C, 1, 1)
 
     def encode(self, images):                                           # (B, 3, H, W)
         images = images.to(self.net.dtype)
@@ -106,17 +109,18 @@ class AutoEncoder(torch.nn.Module):
 
 
 class Codec:
-    """A codec at work: encode(images (B, 3, H, W) in [-1, 1]) -> latents (B, channels, H/stride,
-    W/stride) and decode, the way back (not clamped); fp32 in and out whatever it computes in.
-    .kind flux2, kl, taef2 or pixels; .id a Hugging Face id, or a hash of a local folder's weights;
-    .path that folder, or None.
+    """A codec on a device, ready to use. encode: images (B, 3, H, W) in [-1, 1] -> latents
+    (B, channels, H/stride, W/stride); decode is its inverse (not clamped). Both take and return
+    fp32, whatever dtype they compute in.
+    .kind: flux2, kl, taef2 or pixels. .id: a Hugging Face id, or a hash of a local folder's
+    weights. .path: that folder, or None.
     """
 
     def __init__(self, net, id, path=None, device="cpu", dtype="fp32"):
         self.id, self.path, self.device, self.dtype = id, path, device, dtype
         self.kind, self.channels, self.stride = net.kind, net.channels, net.stride
         mps = torch.device(device).type == "mps"
-        self.layout = torch.contiguous_format if mps else torch.channels_last  # which is faster
+        self.layout = torch.contiguous_format if mps else torch.channels_last  # faster elsewhere
         net = net.eval().requires_grad_(False)
         self.net = net.to(device, DTYPES[dtype], memory_format=self.layout)
 
@@ -136,8 +140,9 @@ class Codec:
 
 
 def load_vae(name="flux2", device="cpu", dtype="fp32") -> Codec:
-    """The Codec `name`: flux2, taef2, pixels, a Hugging Face id, or a local folder, recognised by
-    what lies in it. dtype: fp32 or bf16, what it computes in. Raises BadInput."""
+    """The Codec `name`: flux2, taef2, pixels, a Hugging Face id, or a local folder, whose kind is
+    recognised by its files. dtype: fp32 or bf16, what it computes in. Raises BadInput."""
+    name = os.path.expanduser(name)
     if name == "pixels":
         return Codec(Pixels(), "pixels", None, device)
     source = {"flux2": FLUX2, "taef2": TAEF2}.get(name, name)
@@ -149,11 +154,11 @@ def load_vae(name="flux2", device="cpu", dtype="fp32") -> Codec:
         net = Taef2(source) if is_taef2 else AutoEncoder(source)
     except MemoryError:
         raise
-    except Exception as error:  # whatever the libraries make of no network, or of a broken file
+    except Exception as error:  # a missing network or a broken file can fail in any way
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise BadInput(f"--vae {name}: cannot be loaded ({reason}): check the network and HF_HOME, "
                        "or name a folder (with config.json, or taef2_encoder.*)") from None
-    if is_local:  # known by its weights, wherever it lies
+    if is_local:  # identified by its weights, wherever the folder is
         digest = hashlib.sha256()
         for key, tensor in sorted(net.state_dict().items()):
             digest.update(key.encode() + tensor.float().numpy().tobytes())
@@ -162,24 +167,25 @@ def load_vae(name="flux2", device="cpu", dtype="fp32") -> Codec:
 
 
 def open_vae(settings: dict, channels: int, override=None, device="cpu") -> Codec:
-    """The codec that decodes a checkpoint's latents: the one asked for, else the local one that
-    made them, else the one that settings name. Raises BadInput."""
-    id, path = (settings.get("vae") or {}).get("id"), settings.get("vae_path")
-    name = override or path or id
-    if not name or (name == path and not os.path.exists(path)):
-        raise BadInput(f"the codec of these latents ({path or 'unknown'}) is not here: give --vae")
+    """The codec that decodes a checkpoint's latents: `override` where given, else the local folder
+    that made them, else the codec that the checkpoint's settings name. Raises BadInput."""
+    id, folder = (settings.get("vae") or {}).get("id"), settings.get("vae_path")
+    name = override or folder or id
+    if not name or (name == folder and not os.path.exists(folder)):
+        known = folder or id or "unknown"
+        raise BadInput(f"the codec of these latents ({known}) is not here: give --vae")
     vae = load_vae(name, device)
     if vae.channels != channels:
-        raise BadInput(f"--vae {name}: latents of {vae.channels} channels, but {channels} wanted")
+        raise BadInput(f"--vae {name}: latents of {vae.channels} channels, expected {channels}")
     if not override and vae.id != id:
-        say(f"warning: {name} is not the codec that made the latents ({id}): wrong colours")
+        log(f"warning: {name} is not the codec that made the latents ({id}): wrong colours")
     return vae
 
 
-# Every step from floats to 8 bits in this project is to_uint8.
+# Every conversion from floats to 8 bits in this project is to_uint8.
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] (beyond is clamped) -> uint8, rounded to the nearest."""
+    """Images in [-1, 1] (values beyond are clamped) -> uint8, rounded to nearest."""
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
@@ -189,161 +195,158 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 # -------------------------------------------------------------------------------------------------
-# The cache, written. A shard is a fixed slice of the sorted list of images, and all that shaped it
-# lies in its header, without paths or dates: its bytes are the same whoever wrote it.
+# Writing the cache. A shard is a fixed slice of the sorted list of images, and everything that
+# shaped it is in its header, without paths or dates: its bytes are the same whoever wrote it.
 
-def write_cache(images, out, vae, size=256, flip=True, batch=CHUNK, shard_size=SHARD, stop=None,
-                listing=None, keep_images=False):
-    """Encode class folders into the cache `out`, keeping shards that are there. Returns the exit
-    code. stop: a StopSignal. listing: of `images`, if at hand. keep_images: the 8-bit crops beside
-    their latents. Raises BadInput before it writes."""
-    images, out = pathlib.Path(images), pathlib.Path(out)
-    if size % vae.stride:
-        raise BadInput(f"--size {size}: expected a multiple of {vae.stride}, a latent's pixels")
-    if images.resolve() in (out.resolve(), *out.resolve().parents):
-        raise BadInput(f"--out {out}: inside --images it would pass for a class: put it elsewhere")
-    classes, items = listing or list_images(images)
-    shards = [items[i:i + shard_size] for i in range(0, len(items), shard_size)]
-    settings = {
-        "version": 1, "shards": len(shards), "images": len(items), "classes": classes, "size": size,
-        "list": cache.list_hash(items), "flip": flip,
-        "vae": {"kind": vae.kind, "id": vae.id}, "dtype": vae.dtype, "batch": batch}
-    settings |= {"pictures": True} if keep_images else {}  # older caches lack the word
-
-    def read(path):
-        return read_picture(images / path, size)
-
-    paths = [out / f"latents_rank00_shard{k:05d}.safetensors" for k in range(len(shards))]
-    finished = cache.finished_shards(out, paths, settings, read)
-    todo = [k for k in range(len(shards)) if paths[k] not in finished]
-    shape = vae.channels, size // vae.stride, size // vae.stride        # (C, h, w)
-    per_image = 2 * (1 + flip) * math.prod(shape) + keep_images * 3 * size * size  # bytes
-    need = per_image * sum(len(shards[k]) for k in todo)
-    say(f"{len(items):,} images of {len(classes)} classes: {len(todo)} of {len(shards)} shards to "
-        f"write, {need / 1e9:.2f} GB")
-    check_disk(out, need)
-    if all(read(path)[0] is None for path, _ in items):  # as a rule this reads one image
-        raise BadInput(f"{images}: not one of {len(items)} images can be read")
-    mine = [k for k in todo if k % world_size() == rank()]  # no rank waits for another
-    jobs, threads = [path for k in mine for path, _ in shards[k]], cores()
-    pictures = prefetched(read, jobs, threads, 2 * (batch + threads))
-    bar = tqdm(total=len(jobs), unit="image", disable=rank() > 0 or None)
-    with lock_folder(out), bar:
-        if rank() == 0 and vae.path:
-            cache.write_codec_path(out, vae.path)
-        for k in mine:
-            encoded = encode_shard(shards[k], pictures, vae, shape, flip, batch, bar, stop,
-                                   size if keep_images else None)
-            if encoded is None:
-                say("stopped: whole shards are kept, and the same command continues")
-                return 128 + stop.number
-            tensors, unreadable = encoded
-            cache.save_shard(paths[k], tensors, settings | {"shard": k, "unreadable": unreadable})
-    done = "written" if world_size() == 1 else "rank 0 has written its part"
-    say(f"{out}: {done}; next: python train.py --latents {out}")
-    return 0
+def is_finished(shard, items, settings, root, read):
+    """Whether the shard at this path holds the latents of items [(path, label)], whose images have
+    not changed since. Raises BadInput where it belongs to another cache."""
+    if not shard.exists():
+        return False
+    _, theirs = open_shard(shard)
+    if different := differences(theirs, settings):
+        raise BadInput(f"{shard}: made with another {', '.join(different)}: change --out")
+    note = read_note(shard.with_suffix(".json"))
+    if note:
+        changed = note["stamp"] != file_stamp(root, items)
+    else:  # older caches have none
+        written = shard.stat().st_mtime
+        changed = any((root / name).stat().st_mtime > written for name, _ in items)
+    if changed:
+        log(f"{shard.name}: its images have changed since it was written: encoding them again")
+        return False
+    # An image may have been left out because its disk was away.
+    return all(read(name)[0] is None for name in theirs["unreadable"])
 
 
-def encode_shard(items, pictures, vae, shape, flip, batch, bar, stop, kept_size=None):
-    """Encode the next of `pictures`, those of items [(path, label)]. Returns (tensors of the shard,
-    paths that cannot be read), or None where a signal says stop."""
-    labels, unreadable, names = [], [], ("latents", "latents_flip")[:1 + flip]
-    tensors = {name: [torch.empty(0, *shape).half()] for name in names}
-    if kept_size:
-        tensors["pictures"] = [torch.empty(0, 3, kept_size, kept_size, dtype=torch.uint8)]
-    for start in range(0, len(items), batch):
-        if stop and stop.number:
+def write_note(note, **facts):
+    with atomic(note) as temporary:
+        temporary.write_text(json.dumps(facts))
+
+
+def encode_shard(items, images, vae, args, stop, bar):
+    """Encode the next len(items) of `images`, an iterator of (uint8 (3, size, size), None) or
+    (None, reason). Returns (the shard's tensors, the paths left out), or None when asked to stop.
+    """
+    side = args.size // vae.stride
+    latents = {name: [torch.empty(0, vae.channels, side, side).half()] for name in
+               (["latents"] if args.no_flip else ["latents", "latents_flip"])}
+    stored = [torch.empty(0, 3, args.size, args.size, dtype=torch.uint8)]
+    labels, unreadable = [], []
+    for start in range(0, len(items), args.batch):
+        if stop.number:
             return None
-        good = []
-        for path, label in items[start:start + batch]:
-            picture, reason = next(pictures)
-            if reason:
-                print(printable(f"warning: left out: {path} ({reason})"), file=sys.stderr)
-                unreadable.append(path)
+        batch = []
+        for name, label in items[start:start + args.batch]:
+            image, reason = next(images)
+            if image is None:
+                warn(f"left out: {name} ({reason})")
+                unreadable.append(name)
             else:
-                good.append(picture)
+                batch.append(image)
                 labels.append(label)
             bar.update()
-        if good:
-            if kept_size:
-                tensors["pictures"].append(torch.stack(good))
-            x = from_uint8(torch.stack(good).to(vae.device))            # (b, 3, size, size)
-            for name in names:
-                z = vae.encode(x.flip(-1) if name == "latents_flip" else x)
-                tensors[name].append(z.cpu().half())                    # (b, C, h, w)
-    tensors = {name: torch.cat(latents) for name, latents in tensors.items()}
+        if not batch:
+            continue
+        batch = torch.stack(batch)                                      # (b, 3, size, size)
+        if args.keep_images:
+            stored.append(batch)
+        x = from_uint8(batch.to(vae.device))
+        for name, parts in latents.items():
+            z = vae.encode(x.flip(-1) if name == "latents_flip" else x)
+            parts.append(z.cpu().half())                                # (b, C, h, w)
+    tensors = {name: torch.cat(parts) for name, parts in latents.items()}
+    if args.keep_images:
+        tensors["pictures"] = torch.cat(stored)
     return tensors | {"labels": torch.tensor(labels, dtype=torch.int64)}, unreadable
 
 
-# -------------------------------------------------------------------------------------------------
-# The cache, read
-
-class LatentDataset:
-    """A cache of ours, of LightningDiT or of the JLT release: [i] -> (latent (C, h, w) in the
-    stored type, int label).
-    .shape (C, h, w); .num_classes; .mirrored: whether it holds mirrored images; .class_names, .size
-    of the images, .vae {"kind", "id"}: None where a foreign cache does not say; .vae_path, a local
-    codec's folder or None; .fingerprint of headers and labels. Raises BadInput.
-    """
-
-    def __init__(self, folder):
-        self.rows, settings, self.stats, self.fingerprint = cache.open_cache(folder)
-        self.labels, self.shape = self.rows.labels, self.rows.shape
-        self.mirrored, self.pictured = self.rows.mirrored, self.rows.pictured
-        self.class_names, self.size = settings.get("classes"), settings.get("size")
-        self.num_classes = len(self.class_names or range(int(self.labels.max()) + 1))
-        self.vae, self.vae_path = settings.get("vae"), cache.read_codec_path(folder)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        latents, labels = self.batch([range(len(self))[i]])
-        return latents[0], int(labels[0])
-
-    def differs(self, other):
-        """What keeps two caches from being of one kind, for one network."""
-        names = ("shape", "vae", "num_classes", "class_names")
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
-
-    def batch(self, indices, flip=False):
-        """Latents (B, C, h, w) in the stored type and labels (B,) int64. flip, bool (B,) or one
-        bool: of the mirrored image; ignored where the cache has none."""
-        indices = np.asarray(indices, dtype=np.int64)
-        flip = np.broadcast_to(np.asarray(flip, dtype=bool), indices.shape)
-        latents = self.rows.latents(indices, flip)                      # (B, C, h, w)
-        if self.stats:  # LightningDiT's latents are raw
-            mean, std = self.stats
-            latents = ((latents.float() - mean) / std).to(latents.dtype)
-        return latents, self.labels[torch.from_numpy(indices)]
-
-    def pictures(self, indices, flip):
-        """The images themselves (B, 3, size, size) uint8, mirrored where `batch` gives a mirrored
-        one's latent. Only where .pictured: vae.py --keep-images stores them."""
-        images = self.rows.pictures(np.asarray(indices, dtype=np.int64))
-        flip = torch.as_tensor(flip) & self.mirrored                    # (B,)
-        return torch.where(flip[:, None, None, None], images.flip(-1), images)
+def parse(argv):
+    parser = Parser("Encode class folders into a cache of latents. The same command continues.")
+    add = parser.add_argument
+    add("--images", type=path, required=True, metavar="FOLDER",
+        help="FOLDER/<class>/*.jpg, also deeper")
+    add("--out", type=path, default=pathlib.Path("data/imagenet256-flux2"), metavar="CACHE",
+        help="folder to write")
+    add("--vae", default="flux2", help="flux2, taef2, pixels, a Hugging Face id or a folder")
+    add("--size", type=number(int, 1, 8192), default=256, help="side of the images, in pixels")
+    add("--no-flip", action="store_true", help="no mirrored latents: where left and right matter")
+    add("--keep-images", action="store_true", help="store the images too, for ablations/repa.py")
+    add("--batch", type=number(int, 1, CHUNK), default=CHUNK, help="images encoded at once")
+    add("--dtype", default="fp32", choices=DTYPES, help="what the codec computes in")
+    return parser.parse_args(argv)
 
 
 @program
 def main(argv=None):
-    parser = Parser("Encode class folders into a cache of latents. The same command continues.")
-    add = parser.add_argument
-    add("--images", required=True, metavar="FOLDER", help="FOLDER/<class>/*.jpg, or deeper")
-    add("--out", default="data/imagenet256-flux2", metavar="CACHE", help="folder to write")
-    add("--vae", default="flux2", help="flux2, taef2, pixels, a Hugging Face id or a folder")
-    add("--size", type=number(int, 1, 8192), default=256, help="side of the images, in pixels")
-    add("--no-flip", action="store_true", help="no mirrored latents: where left and right matter")
-    add("--keep-images", action="store_true", help="store the images, too, for ablations/repa.py")
-    add("--batch", type=number(int, 1, CHUNK), default=CHUNK, help="images encoded at once")
-    add("--dtype", default="fp32", choices=DTYPES, help="what the codec computes in")
-    args = parser.parse_args(argv)
-    connect()
-    stop = StopSignal()
-    listing = list_images(args.images)  # a wrong folder is reported before a codec is downloaded
+    args = parse(argv)
+    root, out, stop = args.images, args.out, StopSignal()
+    if root.resolve() in (out.resolve(), *out.resolve().parents):
+        raise BadInput(f"--out {out}: inside --images it would be read as a class")
+    classes, items = list_images(root)  # before a codec is downloaded
     vae = load_vae(args.vae, pick_device(), args.dtype)
-    return write_cache(args.images, args.out, vae, args.size, not args.no_flip, args.batch,
-                       stop=stop, listing=listing, keep_images=args.keep_images)
+    if args.size % vae.stride:
+        raise BadInput(f"--size {args.size}: expected a multiple of {vae.stride}, the pixels per "
+                       "side of a latent's position")
+    shards = [items[i:i + SHARD] for i in range(0, len(items), SHARD)]
+    names = json.dumps([name for name, _ in items])
+    settings = {
+        "version": 1, "shards": len(shards), "images": len(items), "classes": classes,
+        "size": args.size, "list": hashlib.sha256(names.encode()).hexdigest()[:16],
+        "flip": not args.no_flip, "vae": {"kind": vae.kind, "id": vae.id}, "dtype": vae.dtype,
+        "batch": args.batch}
+    if args.keep_images:
+        settings["pictures"] = True
+
+    def read(name):
+        return read_image(root / name, args.size)
+
+    paths = [out / f"latents_rank00_shard{k:05d}.safetensors" for k in range(len(shards))]
+    for shard in shard_paths(out):
+        if shard not in paths:
+            raise BadInput(f"{shard}: no shard of this cache: change --out")
+    reasons = []
+    for name, _ in items:  # usually this reads one image
+        image, reason = read(name)
+        if image is not None:
+            break
+        reasons.append(f"{name} ({reason})")
+    else:
+        raise BadInput(f"{root}: none of {len(items)} images can be read; the first: {reasons[0]}")
+
+    # Another process may be writing the same cache: then its shards are used.
+    lock = lock_folder(out, wait_for_host=True)
+    ours = range(rank(), len(shards), world_size())  # no rank waits for another
+    todo = [k for k in ours if not is_finished(paths[k], shards[k], settings, root, read)]
+    side = args.size // vae.stride
+    per_image = (2 * (2 - args.no_flip) * vae.channels * side ** 2
+                 + args.keep_images * 3 * args.size ** 2)  # bytes
+    everyone = [k for part in gather_objects(todo) for k in part]
+    need = per_image * sum(len(shards[k]) for k in everyone)
+    log(f"{len(items):,} images of {len(classes)} classes: {len(everyone)} of {len(shards)} shards "
+        f"to write, {need / 1e9:.2f} GB")
+    check_disk(out, need)
+    if rank() == 0:
+        for stale in out.glob(".tmp-*"):  # of a run that was killed
+            stale.unlink()
+        if vae.path:
+            write_note(out / "source.json", path=vae.path)
+    barrier()
+    jobs, threads = [name for k in todo for name, _ in shards[k]], cores()
+    images = prefetched(read, jobs, threads, 2 * (args.batch + threads))
+    with lock, tqdm(total=len(jobs), unit="image", disable=rank() > 0 or None) as bar:
+        for k in todo:
+            # The stamp comes first, so that an image that changes meanwhile is noticed next time.
+            stamp = file_stamp(root, shards[k])
+            encoded = encode_shard(shards[k], images, vae, args, stop, bar)
+            if encoded is None:
+                log("stopped: whole shards are kept, and the same command continues")
+                return 128 + stop.number
+            tensors, unreadable = encoded
+            save_shard(paths[k], tensors, settings | {"shard": k, "unreadable": unreadable})
+            write_note(paths[k].with_suffix(".json"), stamp=stamp)
+    log(f"{out}: written; next: python train.py --latents {quoted(out)}")
+    return 0
 
 
 if __name__ == "__main__":

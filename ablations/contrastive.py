@@ -1,51 +1,60 @@
-"""Contrastive flow matching (arXiv 2506.05350): away from what another image would have moved by.
+"""Contrastive flow matching (arXiv 2506.05350): move the prediction away from another's target.
 
-    python -m ablations.contrastive --weight 0.05 [flags of train.py]
-    python sample.py --ckpt FILE --contrast 0.05        takes the effect out again
+    python -m ablations.contrastive --negative-weight 0.05 [flags of train.py]
 
-The loss becomes |pred - target|² - weight * |pred - other target|². The other image is the next
-place of the global batch, with its own noise. Its target is what its velocity v' would mean at our
-z and t: for x, it is z + (1-t) v', not x'.
+The loss becomes |pred - target|² - weight * |pred - other target|². The other image is the one at
+the next position of the global batch, with its own noise. Its target is what its velocity v' would
+mean at our z and t: for x that is z + (1-t) v', not x'.
 
-What it does can be written down. With u the velocity and m = E[v'] = the mean latent, the best
-prediction is (E[u | z] - weight m) / (1 - weight), while plain flow matching learns E[u | z]: the
-same velocity, drawn out from the mean. Sampling with v <- (1-C) v + C m undoes it at C = weight; a
-*plain* network at C = -weight / (1-weight) is the control that any gain has to be compared with.
+Its effect has a closed form. With m = E[v'], the mean latent, the best prediction of the velocity
+is (E[v | z] - weight m) / (1 - weight), where plain flow matching learns E[v | z]. Normalised
+latents have m near 0, so weight 0.05 is an overshoot of the velocity by 5%, which a sampler could
+apply to a plain network. docs/techniques.md compares the two.
 """
+import numpy as np
 import torch
 
-from ablations import Ablation, main
+import train
+from ablations import Ablation
 from lib.flags import number
-from train import read_micro, step_noise
+from train import read_batch, step_noise
+
+
+def contrastive_loss(denoiser, x, y, t, e, x_other, e_other, weight, drop=None):
+    """The contrastive loss, a scalar, of a Denoiser. x, e, x_other, e_other: (B, C, H, W);
+    y, drop: (B,); t: (B,). Row i is pushed away from the target of the pair x_other[i], e_other[i].
+    """
+    z = denoiser.noised(x, t, e)
+    pred = denoiser.net(z, t, denoiser.with_dropped(y, drop)).float()
+    # The image and the noise that the other velocity would mean at our z and t.
+    t4, v_other = t[:, None, None, None], x_other - e_other
+    negative = denoiser.loss(pred, z + (1 - t4) * v_other, t, z - t4 * v_other)
+    return denoiser.loss(pred, x, t, e) - weight * negative
 
 
 class Contrastive(Ablation):
-    """Contrastive flow matching."""
     name = "contrastive"
-    options = {"weight": dict(type=number(float, 0, 0.99), default=0.05,
-                              help="of the error against another image")}
+    flags = ("negative_weight",)
 
-    def more(self, step, places):
-        run, args = self.run, self.run.args
-        last = (places[-1:] + 1) % args.batch  # the other of the last; all else is at hand
-        x_next = read_micro(run.data, args.seed, step, args.batch, last)[0]
-        e_next = step_noise(args.seed, step, int(last[0]), 1, run.data.shape, run.device)
-        return super().more(step, places) | {"x_next": x_next, "e_next": e_next}
+    @staticmethod
+    def add_flags(parser):
+        parser.add_argument_group("contrastive flow matching").add_argument(
+            "--negative-weight", type=number(float, 0, 0.99), default=0.05,
+            help="weight of the error against another image's target")
 
-    def forward(self, x, y, t, e, drop=None, x_next=None, e_next=None, **more):
+    def extra_inputs(self, step, positions):
+        """The image and noise that follow the last position; the others follow within the batch."""
+        args = self.args
+        after = int(positions[-1] + 1) % args.batch
+        x_next = read_batch(self.data, args.seed, step, args.batch, np.array([after]))[0]
+        e_next = step_noise(args.seed, step, after, 1, self.data.shape, self.device)
+        return {"x_next": x_next, "e_next": e_next}
+
+    def forward(self, x, y, t, e, drop=None, x_next=None, e_next=None):
         x_other = torch.cat([x[1:], x_next.float()])                    # (B, C, H, W)
         e_other = torch.cat([e[1:], e_next])                            # (B, C, H, W)
-        self.v_other = x_other - e_other
-        return super().forward(x, y, t, e, drop, **more)
-
-    def loss(self, pred, x, t, e):
-        t4 = t[:, None, None, None]                                     # (B, 1, 1, 1)
-        z = t4 * x + (1 - t4) * e
-        # The pair of image and noise that the velocity v' would mean at z and t.
-        x_away, e_away = z + (1 - t4) * self.v_other, z - t4 * self.v_other
-        away = super().loss(pred, x_away, t, e_away)
-        return super().loss(pred, x, t, e) - self.contrastive_weight * away
+        return contrastive_loss(self, x, y, t, e, x_other, e_other, self.args.negative_weight, drop)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(Contrastive))
+    raise SystemExit(train.main(ablation=Contrastive))

@@ -2,86 +2,77 @@
 
     python -m ablations.tread --share 0.5 [flags of train.py]
 
-Before block depth//6 a random share of each image's tokens is set aside; the others go on, with the
-rotary rows of their own places; after block 2*depth//3 (12 blocks: 2 to 8, both inclusive) all are
-together again. There are no new parameters, and a step costs less. Sampling routes nothing.
+Before block depth//6 a random share of each image's tokens is set aside. The others go on, with the
+rotary rows of their own positions, and after block 2*depth//3 all tokens are together again (with
+12 blocks, routing spans blocks 2 to 8). There are no new parameters, and a step costs less.
+Sampling routes nothing.
 """
 import numpy as np
 import torch
 
-from ablations import Ablation, main
+import train
+from ablations import Ablation
 from lib.flags import number
+from model import JLT
 
 
-def keep(seed, step, places, tokens, share) -> torch.Tensor:
-    """Which tokens are kept: (B, tokens - round(share * tokens)) int64, sorted, a function of the
-    arguments alone. places: B places of the step's global batch."""
+def keep(seed, step, positions, tokens, share) -> torch.Tensor:
+    """Which of an image's tokens go on: (B, tokens - round(share * tokens)) int64, sorted, a
+    function of the arguments alone. positions: B positions of the step's global batch."""
     count = tokens - round(share * tokens)
     rows = []
-    for place in places:  # 3: the streams 0, 1 and 2 are train.py's
-        order = np.random.default_rng([seed, 3, step, int(place)]).permutation(tokens)
+    for position in positions:  # 3: train.py uses the random streams 0, 1 and 2
+        order = np.random.default_rng([seed, 3, step, int(position)]).permutation(tokens)
         rows.append(np.sort(order[:count]))
     return torch.from_numpy(np.stack(rows))
 
 
-class Tread(Ablation):
-    """Token routing, TREAD."""
-    name = "tread"
-    options = {"share": dict(type=number(float, 0, 0.95), default=0.5,
-                             help="of the tokens that skip the middle blocks")}
-
-    def prepare(self, run):
-        super().prepare(run)
-        self.route(self.net)
-
-    def route(self, net):
-        """Hook the routing into a network. It is at work while self.kept is set."""
-        self.kept = None  # (B, kept) indices of tokens
-        first, last = len(net.blocks) // 6, 2 * len(net.blocks) // 3
-        for i in range(first, last + 1):
-            net.blocks[i].register_forward_pre_hook(self.before)
-        net.blocks[first].register_forward_pre_hook(self.set_aside)
-        net.blocks[last].register_forward_hook(self.bring_together)
-
-    def set_aside(self, block, inputs):
-        """Before the first of the middle blocks: only the kept tokens go on."""
-        if self.kept is None:
-            return None
-        x, *rest = inputs                                               # (B, N, dim)
-        self.all_tokens = x
-        return gather(x, self.kept), *rest                              # (B, kept, dim)
-
-    def before(self, block, inputs):
-        """Before each middle block: the rotary rows of the kept tokens."""
-        if self.kept is None:
-            return None
-        x, c, cos, sin = inputs                                         # cos, sin: (N, 1, d)
-        return x, c, cos[self.kept], sin[self.kept]                     # (B, kept, 1, d)
-
-    def bring_together(self, block, inputs, x):
-        """After the last: the kept tokens return to their places among those set aside."""
-        if self.kept is None:
-            return None
-        index = self.kept[..., None].expand_as(x)                       # (B, kept, dim)
-        return self.all_tokens.to(x.dtype).scatter(1, index, x)         # (B, N, dim)
-
-    def more(self, step, places):
-        args, net = self.run.args, self.net
-        tokens = (net.input_size // net.patch_size) ** 2
-        kept = keep(args.seed, step, places, tokens, self.tread_share)
-        return super().more(step, places) | {"kept": kept}
-
-    def forward(self, x, y, t, e, drop=None, kept=None, **more):
-        self.kept = kept
-        loss = super().forward(x, y, t, e, drop, **more)
-        self.kept, self.all_tokens = None, None
-        return loss
-
-
 def gather(tokens, kept):
-    """The tokens (B, N, D) with these indices (B, kept), in their order: (B, kept, D)."""
+    """The tokens (B, N, D) with indices kept (B, K), in their order: (B, K, D)."""
     return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
+class RoutedJLT(JLT):
+    """A JLT whose middle blocks process only the tokens `kept` (B, K), where these are given."""
+
+    def forward(self, z, t, y, kept=None):
+        self.kept = kept
+        return super().forward(z, t, y)
+
+    def run_blocks(self, x, c, cos, sin):
+        if self.kept is None:
+            return super().run_blocks(x, c, cos, sin)
+        first, last = len(self.blocks) // 6, 2 * len(self.blocks) // 3
+        for block in self.blocks[:first]:
+            x = block(x, c, cos, sin)                                   # (B, N, dim)
+        routed = gather(x, self.kept)                                   # (B, K, dim)
+        for block in self.blocks[first:last + 1]:
+            routed = block(routed, c, cos[self.kept], sin[self.kept])   # rotary: (B, K, 1, d)
+        x = x.to(routed.dtype).scatter(1, self.kept[..., None].expand_as(routed), routed)
+        for block in self.blocks[last + 1:]:
+            x = block(x, c, cos, sin)                                   # (B, N, dim)
+        return x
+
+
+class Tread(Ablation):
+    name = "tread"
+    flags = ("share",)
+    network = RoutedJLT
+
+    @staticmethod
+    def add_flags(parser):
+        parser.add_argument_group("TREAD").add_argument(
+            "--share", type=number(float, 0, 0.95), default=0.5,
+            help="share of the tokens that skip the middle blocks")
+
+    def extra_inputs(self, step, positions):
+        tokens = (self.net.input_size // self.net.patch_size) ** 2
+        return {"kept": keep(self.args.seed, step, positions, tokens, self.args.share)}
+
+    def forward(self, x, y, t, e, drop=None, kept=None):
+        z, y = self.noised(x, t, e), self.with_dropped(y, drop)
+        return self.loss(self.net(z, t, y, kept).float(), x, t, e)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(Tread))
+    raise SystemExit(train.main(ablation=Tread))

@@ -1,116 +1,121 @@
-"""The geometry of the targets: theory as lines, trained networks as dots.
+"""What the targets ask, direction by direction: theory as lines, trained networks as dots.
 
     python -m bench.geometry data/demo-pixels --ckpt out/demo-T8-x/ema.safetensors \\
         out/demo-T8-eps/ema.safetensors out/demo-T8-v/ema.safetensors --out assets/geometry.png
 
-The directions are the eigenvectors of the covariance of the data's tokens, by falling variance.
-Lines are what a Gaussian of that covariance would have (formulas: bench/spectrum.py). Dots are
-measured, of networks that see the same images and noise. They may lie below the lines: data is not
-Gaussian, and a network sees all tokens. Above, it falls short of even a linear prediction.
+The directions are the eigenvectors of the covariance of the data's tokens, largest eigenvalue
+first. The lines are what a Gaussian with that covariance asks for (bench/spectrum.py). The dots are
+measured on networks that see the same images and noise. A network can lie below a line of an error,
+because data is not Gaussian and because it sees all tokens; above it, the network does worse than a
+linear prediction from one token would.
 """
-import pathlib
-
 import torch
 
-from bench.chart import picture, pyplot, save, styles
-from bench.spectrum import asks, spectrum, spread, token_statistics, tokens
+from bench.figures import image_path, pyplot, save_figure, styles
+from bench.spectrum import best_prediction, evenly_spread, spectrum, token_statistics, tokens
 from lib.checkpoint import load_denoiser
-from lib.device import pick_device
-from lib.flags import Parser, number
-from lib.run import BadInput, program, say
-from model import TARGETS
+from lib.flags import Parser, number, path
+from lib.run import BadInput, log, pick_device, program
+from model import TARGETS, coefficients
 from sample import image_noise
 from vae import LatentDataset
 
+# Title of each panel: the name of what it shows, in the theory and among what was measured.
 PANELS = {
-    "variance of the target": ("variance", None),
-    "coefficient of the prediction on z": ("coefficient", "coefficient"),
-    "squared error, in each target's own space": ("ambiguity", "own"),
-    "squared error, in v space, where the lines are one": ("v", "v"),
+    "what the target asks: variance of the prediction": "asked",
+    "coefficient of the prediction on z": "coefficient",
+    "squared error, in the target's own space": "ambiguity",
+    "squared error of the velocity (theory is the same for all)": "velocity error",
 }
 
 
 @torch.inference_mode()
 def measure(denoiser, data, vectors, t, n, seed=0):
-    """Of a network at time t, on n images, in directions (D, D), a column each: the prediction's
-    "coefficient" on z, by least squares, its squared error in its "own" and in "v" space."""
+    """The PANELS of a network at time t, {name: (D,)}, by direction (vectors (D, D), one per
+    column), on n latents: the variance of its prediction, the least-squares coefficient on z, and
+    its squared errors."""
     net, device = denoiser.net, next(denoiser.parameters()).device
-    a, b = TARGETS[denoiser.target]
+    a, b = coefficients(denoiser.target, t)
     parts = []
-    for rows in spread(len(data), n):
-        x, y = data.batch(rows)
+    for indices in evenly_spread(len(data), n):
+        x, y = data.batch(indices)
         x, y = x.to(device).float(), y.to(device)
-        e = image_noise(seed, rows, data.shape).to(device)
+        e = image_noise(seed, indices, data.shape).to(device)
         z = t * x + (1 - t) * e
         prediction = net(z, torch.full((len(x),), t, device=device), y).float()
         error = prediction - (a * x + b * e)
-        v_error = denoiser.to_velocity(prediction, z, t) - (x - e)
+        velocity_error = denoiser.to_velocity(prediction, z, t) - (x - e)
         parts.append([tokens(value.cpu(), net.patch_size) @ vectors
-                      for value in (prediction, z, error, v_error)])    # each (tokens, D)
-    prediction, z, error, v_error = map(torch.cat, zip(*parts))
+                      for value in (prediction, z, error, velocity_error)])
+    prediction, z, error, velocity_error = map(torch.cat, zip(*parts))  # each (tokens, D)
     prediction, z = prediction - prediction.mean(0), z - z.mean(0)
-    coefficient = (prediction * z).mean(0) / z.square().mean(0)
-    return {"coefficient": coefficient, "own": error.square().mean(0),
-            "v": v_error.square().mean(0)}
+    return {"asked": prediction.square().mean(0),
+            "coefficient": (prediction * z).mean(0) / z.square().mean(0),
+            "ambiguity": error.square().mean(0),
+            "velocity error": velocity_error.square().mean(0)}
 
 
-def grouped(values, groups):
-    """Means of `values` (D,) over up to `groups` runs of neighbouring directions."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    return [float(part.mean()) for part in torch.tensor_split(values, groups)]
+def theory(eigenvalues, t):
+    """{target: the PANELS of the best linear prediction, {name: (D,)}}."""
+    velocity_error = best_prediction("v", eigenvalues, t)["ambiguity"]
+    return {target: best_prediction(target, eigenvalues, t) | {"velocity error": velocity_error}
+            for target in TARGETS}
 
 
-def draw(path, title, panels, theory, measured=()):
-    """panels: {title: (what lines show, what dots show)}; theory: as `asks` returns it; measured:
-    [(target, what was measured of a network)]."""
-    directions = torch.arange(1, len(theory["x"]["variance"]) + 1)
-    groups = min(len(directions), 48)
-    places = grouped(directions, groups)
-    figure, parts = pyplot().subplots(2, 2, figsize=(12, 8))
+def draw(file, title, lines, measured):
+    """Draw the lines {target: panels} and the measured [(target, panels)], averaged over up to 48
+    groups of neighbouring directions."""
+    count = len(lines["x"]["asked"])
+    groups = min(count, 48)
+
+    def grouped(row):
+        return [float(part.double().mean()) for part in torch.tensor_split(row, groups)]
+
+    positions = grouped(torch.arange(1, count + 1))
+    figure, panels = pyplot().subplots(2, 2, figsize=(12, 8))
     figure.suptitle(title)
-    for panel, (head, (line, dots)) in zip(parts.flat, panels.items()):
-        panel.set(title=head, xlabel="direction, by falling variance of the data")
-        for (target, row), look in zip(theory.items(), styles(list(theory))):
-            panel.plot(places, grouped(row[line], groups), label=target, **look)
-        looks = styles([target for target, _ in measured], "marker", "ox^s")
-        for (_, found), look in zip(measured, looks):
-            if dots:
-                panel.scatter(places, grouped(found[dots], groups), 14, **look)
-        if line in ("variance", "ambiguity", "v"):
+    for panel, (head, name) in zip(panels.flat, PANELS.items()):
+        panel.set(title=head, xlabel="direction, largest variance of the data first")
+        for (target, rows), style in zip(lines.items(), styles(list(lines))):
+            panel.plot(positions, grouped(rows[name]), label=target, **style)
+        markers = styles([target for target, _ in measured], "marker", "ox^s")
+        for (_, rows), style in zip(measured, markers):
+            panel.scatter(positions, grouped(rows[name]), 14, **style)
+        if name != "coefficient":
             panel.set_yscale("log")
             panel.set_ylim(bottom=max(panel.get_ylim()[0], 1e-6))  # some variances are 0
-    save(figure, path)
+    save_figure(figure, file)
 
 
 @program
 def main(argv=None):
-    parser = Parser("The geometry of the targets: theory as lines, trained networks as dots.")
-    add, path = parser.add_argument, pathlib.Path
+    parser = Parser("What the targets ask: theory as lines, trained networks as dots.")
+    add = parser.add_argument
     add("cache", metavar="CACHE", type=path, help="the latents that the networks learned from")
-    add("--ckpt", type=path, nargs="+", required=True, help="checkpoints, of x, eps and v runs")
+    add("--ckpt", type=path, nargs="+", required=True, help="checkpoints, one per target")
     add("--t", type=number(float, 0.05, 0.95), default=0.3, help="time")
-    add("--n", type=number(int, 2), default=512, help="images on which networks are measured")
-    add("--out", type=picture, default="assets/geometry.png", help="the picture, NAME.png")
+    add("--n", type=number(int, 2), default=512, help="latents on which networks are measured")
+    add("--out", type=image_path, default="geometry.png", help="the figure, NAME.png")
     args = parser.parse_args(argv)
     data, t = LatentDataset(args.cache), args.t
-    networks = [load_denoiser(path, device=pick_device()) for path in args.ckpt]
-    patch, measured = networks[0].net.patch_size, []
-    _, covariance = token_statistics(data, patch, 10_000)
-    values, vectors = spectrum(covariance)
-    theory = asks(values, t)
-    for row in theory.values():
-        row["v"] = theory["v"]["ambiguity"]
-    for path, denoiser in zip(args.ckpt, networks):
+    denoisers = [load_denoiser(file, device=pick_device()) for file in args.ckpt]
+    patch, measured = denoisers[0].net.patch_size, []
+    eigenvalues, vectors = spectrum(token_statistics(data, patch, 10_000)[1])
+    lines = theory(eigenvalues, t)
+    for file, denoiser in zip(args.ckpt, denoisers):
         net, target = denoiser.net, denoiser.target
         if (net.patch_size, net.in_channels, net.input_size) != (patch, *data.shape[:2]):
-            raise BadInput(f"{path}: expected patch {patch}, as the first, latents {data.shape}")
-        found, line = measure(denoiser, data, vectors, t, args.n), theory[target]
-        measured.append((target, found))
-        say(f"{path}: predicts {target}, t = {t:g}: error in its own space "
-            f"{found['own'].mean():.4f} (line {line['ambiguity'].mean():.4f}), in v space "
-            f"{found['v'].mean():.4f} (line {line['v'].mean():.4f})")
+            raise BadInput(f"{file}: expected patch {patch}, as the first has, and latents of "
+                           f"{data.shape}")
+        rows, line = measure(denoiser, data, vectors, t, args.n), lines[target]
+        measured.append((target, rows))
+        log(f"{file}: predicts {target}, t = {t:g}: variance of its prediction "
+            f"{rows['asked'].sum():.1f} (line {line['asked'].sum():.1f}), error in its own space "
+            f"{rows['ambiguity'].mean():.4f} (line {line['ambiguity'].mean():.4f}), of the "
+            f"velocity {rows['velocity error'].mean():.4f} "
+            f"(line {line['velocity error'].mean():.4f})")
     title = f"{args.cache.name}, patch {patch}, t = {t:g}: lines are theory, dots are networks"
-    draw(args.out, title, PANELS, theory, measured)
+    draw(args.out, title, lines, measured)
 
 
 if __name__ == "__main__":

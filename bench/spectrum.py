@@ -1,147 +1,188 @@
 """What each target asks of a network, for any cache of latents, before anything is trained.
 
-    python -m bench.spectrum data/cifar10 --patch 8 --t 0.3 --width 128 --png spectrum.png
+    python -m bench.spectrum data/cifar10 --patch 8 --t 0.3 --width 128
 
-A token, what the network sees as one, has D = patch² * C numbers, and its covariance an eigenvalue
-λ in each of D directions. If tokens were Gaussian, z = t x + (1-t) e would have the variance s =
-t² λ + (1-t)² there, the best prediction would be a multiple of z, and this is what targets ask:
+A token, one patch of a latent, holds D = patch² * C numbers. Its covariance has D eigenvectors, the
+directions, with eigenvalues λ. If tokens were Gaussian, then along a direction z = t x + (1-t) e
+would have variance s = t² λ + (1-t)², the best prediction of any target would be a multiple of z,
+and these would be:
 
-                                                      x             v                  eps
-    variance     of the target                        λ             λ + 1              1
-    coefficient  on z, of the best prediction         t λ / s       (t λ - (1-t)) / s  (1-t) / s
-    ambiguity    Var(target | z): nobody can know it  (1-t)² λ / s  λ / s              t² λ / s
-    noise        share of the variance that is e's    0             1 / (λ + 1)        1
-    carried      Var(E[e | z]): what z tells of e     0             (1-t)² / s         (1-t)² / s
+                                                    x             v                  eps
+    variance     of the target                      λ             λ + 1              1
+    coefficient  of the best prediction, on z       t λ / s       (t λ - (1-t)) / s  (1-t) / s
+    asked        variance of the best prediction:
+                 coefficient² * s                   t² λ² / s     (t λ - (1-t))² / s (1-t)² / s
+    asked in v   the same in units of v:
+                 asked / slope², slope =            1-t           1                  -t
+    ambiguity    variance of the target given z:
+                 nobody can predict it              (1-t)² λ / s  λ / s              t² λ / s
 
-A network whose target holds noise has to carry through to its output what z tells of that noise.
-The sum of `carried` says how many of a token's D numbers that takes: compare it with the narrowest
-layer. It does not promise who wins: latents are not Gaussian, and a wide network may carry it all.
+Asked and ambiguity add up to the variance. What is asked has to pass through the network, while a
+direction of which nothing is asked can be left out at no cost. Targets differ in scale, so compare
+them in units of v, the space of the loss. This does not decide which target wins, because latents
+are not Gaussian and a wide network can carry all of it.
+
+In units of v every target is v plus a multiple of z. The family ((1-t) x - k t e)/n, with n² =
+(1-t)² + k t², runs through such multiples: k = 0 is x, k = 1 the v of variance-preserving
+diffusion. Printed is the k that asks least in all, the mean eigenvalue (`best_k`), and with --width
+the k that loses least through a layer of that width, which may be smaller.
 """
 import math
-import pathlib
+import statistics
 
 import numpy as np
 import torch
 
-from bench.chart import picture
-from lib.flags import Parser, number
-from lib.run import BadInput, program, say
-from model import TARGETS, slope
+from lib.flags import Parser, number, path
+from lib.run import BadInput, log, program
+from model import TARGETS, coefficients
 from vae import LatentDataset
+
+# 32 times that training draws equally often: logit-normal quantiles.
+TIMES = torch.sigmoid(torch.special.ndtri((torch.arange(32) + 0.5) / 32) * 0.8 - 0.8).tolist()
 
 
 def tokens(x, patch):
-    """Latents (B, C, H, W) -> tokens (B * H/patch * W/patch, patch² * C), in float64."""
+    """Latents (B, C, H, W) as float64 tokens (B * H/patch * W/patch, patch² * C)."""
     x = x.double().unfold(2, patch, patch).unfold(3, patch, patch)      # (B, C, rows, cols, p, p)
     return x.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(0, 2)
 
 
-def spread(count, n):
-    """Up to n of `count` rows, from all over a cache (it is sorted by class), in parts of 64."""
-    rows = np.linspace(0, count - 1, min(n, count)).astype(np.int64)
-    return np.array_split(rows, math.ceil(len(rows) / 64))
+def evenly_spread(count, n):
+    """Up to n of the indices 0 ... count-1, in arrays of at most 64. They are spread over the whole
+    cache, which is sorted by class."""
+    indices = np.linspace(0, count - 1, min(n, count)).astype(np.int64)
+    return np.array_split(indices, math.ceil(len(indices) / 64))
 
 
 def token_statistics(data, patch, n):
-    """(mean (D,), covariance (D, D)) of tokens, in float64, of up to n images of a cache."""
+    """(mean (D,), covariance (D, D)) of the tokens of up to n latents of a cache, float64. Raises
+    BadInput where the patch size does not divide the latents."""
     if data.shape[1] % patch or data.shape[2] % patch:
         raise BadInput(f"--patch {patch} does not divide latents of {data.shape}")
     count, total, outer = 0, 0, 0
-    for rows in spread(len(data), n):
-        x = tokens(data.batch(rows)[0], patch)                          # (tokens, D)
+    for indices in evenly_spread(len(data), n):
+        x = tokens(data.batch(indices)[0], patch)                       # (tokens, D)
         count, total, outer = count + len(x), total + x.sum(0), outer + x.T @ x
     mean = total / count
     return mean, outer / count - torch.outer(mean, mean)
 
 
 def spectrum(covariance):
-    """Eigenvalues (D,), falling, and eigenvectors (D, D), a column each."""
-    values, vectors = torch.linalg.eigh(covariance)
-    values[values < 1e-12 * values[-1]] = 0  # zero up to rounding
-    return values.flip(0), vectors.flip(1)
+    """The eigenvalues (D,) of a covariance (D, D), largest first, and its eigenvectors (D, D), one
+    per column."""
+    eigenvalues, vectors = torch.linalg.eigh(covariance)
+    eigenvalues[eigenvalues < 1e-12 * eigenvalues[-1]] = 0  # rounding makes some negative
+    return eigenvalues.flip(0), vectors.flip(1)
 
 
-def asks(values, t):
-    """{target: {what it asks: (D,)}}, of any target a x + b e, for eigenvalues (D,), 0 < t < 1."""
-    t = torch.as_tensor(t, dtype=values.dtype)
-    s = t ** 2 * values + (1 - t) ** 2
-    table = {}
-    for target, (a, b) in TARGETS.items():
-        variance = a ** 2 * values + b ** 2
-        covariance = a * t * values + b * (1 - t)  # of the target and z
-        noise = carried = torch.zeros_like(s)
-        if b:  # else the variance may be 0
-            noise, carried = b ** 2 / variance, (1 - t) ** 2 / s
-        # At fixed z the target moves by `slope` when v moves by one, and Var(v | z) is λ / s.
-        ambiguity = slope(target, t) ** 2 * values / s
-        table[target] = {"variance": variance, "coefficient": covariance / s,
-                         "ambiguity": ambiguity, "noise": noise, "carried": carried}
-    return table
+def family(k):
+    """The target ((1-t) x - k t e)/n, n² = (1-t)² + k t², as a function of t."""
+    def row(t):
+        n = ((1 - t) ** 2 + k * t ** 2) ** 0.5
+        return (1 - t) / n, -k * t / n
+    return row
 
 
-def squeezed(values, t, width):
-    """{target: squared error of the velocity, per number}, by the best linear prediction of the
-    target from z that passes only `width` numbers a token."""
-    t, errors = torch.as_tensor(t, dtype=values.dtype), {}
-    s = t ** 2 * values + (1 - t) ** 2
-    for target, row in asks(values, t).items():
-        # The directions in which the prediction varies least are those that do not pass.
-        varies = (row["coefficient"] ** 2 * s).sort().values
-        lost = row["ambiguity"].sum() + varies[:max(0, len(s) - width)].sum()
-        errors[target] = float(lost / slope(target, t) ** 2 / len(s))  # an error of v
+def best_prediction(target, eigenvalues, t):
+    """The rows of the table above, {name: (D,)}, for eigenvalues (D,) at a time 0 < t < 1. target:
+    a name in TARGETS, or a function of t that returns (a, b)."""
+    a, b = target(t) if callable(target) else coefficients(target, t)
+    s = t ** 2 * eigenvalues + (1 - t) ** 2                             # Var(z): (D,)
+    coefficient = (a * t * eigenvalues + b * (1 - t)) / s               # Cov(target, z) / Var(z)
+    asked = coefficient ** 2 * s
+    slope = a * (1 - t) - b * t  # by which the target moves at fixed z when v moves by one
+    return {"variance": a ** 2 * eigenvalues + b ** 2, "coefficient": coefficient, "asked": asked,
+            "asked in v": asked / slope ** 2, "ambiguity": slope ** 2 * eigenvalues / s}
+
+
+def best_k(eigenvalues, t):
+    """(k, sum over directions of "asked in v") of the target in the family that asks least.
+
+    The slope is n. With q = n², λ - k is (s - q) / t², and the sum is (1-t)² / t² times that of
+    s/q² - 2/q + 1/s. Its derivative by 1/q is zero where q is the mean of s, so where k is the mean
+    of λ, at every t. (The multiple of z that leaves the least variance depends on second moments
+    alone, so the same k is best for other distributions and nonlinear predictions.)
+    """
+    s = t ** 2 * eigenvalues + (1 - t) ** 2
+    least = (1 - t) ** 2 / t ** 2 * (1 / s - 1 / s.mean()).sum()
+    return float(eigenvalues.mean()), float(least)
+
+
+def linear_error(target, eigenvalues, width, times, training_times=TIMES):
+    """The squared error of the velocity, per number, at each of `times`, of the best linear
+    prediction of the target from z through `width` numbers per token (reduced-rank regression). The
+    same directions pass at all times, because the narrowest layer of a network does not depend on
+    t: those of which most is asked in the mean of training's times."""
+    asked = sum(best_prediction(target, eigenvalues, t)["asked in v"] for t in training_times)
+    lost = asked.argsort(descending=True)[width:]
+    errors = []
+    for t in times:
+        ambiguity = best_prediction("v", eigenvalues, t)["ambiguity"].sum()
+        asked = best_prediction(target, eigenvalues, t)["asked in v"]   # (D,)
+        errors.append(float((ambiguity + asked[lost].sum()) / len(eigenvalues)))
     return errors
 
 
-def effective_dimension(values):
-    """(sum λ)² / sum λ²: D where all directions vary alike, 1 where a single one does."""
-    return float(values.sum() ** 2 / values.square().sum())
+def effective_dimension(eigenvalues):
+    """(sum λ)² / sum λ²: D where all directions vary alike, 1 where only one varies."""
+    return float(eigenvalues.sum() ** 2 / eigenvalues.square().sum())
 
 
-def directions_for(values, share):
+def directions_for(eigenvalues, share):
     """How many of the first directions hold this share of the variance."""
-    short = values.cumsum(0) < share * values.sum()
-    return min(int(short.sum()) + 1, len(values))
+    below = eigenvalues.cumsum(0) < share * eigenvalues.sum()
+    return min(int(below.sum()) + 1, len(eigenvalues))
 
 
-def show(table, D):
-    """Print the table, at a few of D directions."""
-    places = [round(share * (D - 1)) for share in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)]
-    heads = [place + 1 for place in places] + ["mean", "sum"]
-    say(f"{'direction':<18}" + "".join(f"{head:>10}" for head in heads))
-    for target, row in table.items():
-        for what, values in row.items():
-            numbers = [*values[places], values.mean(), values.sum()]
-            say(f"{target:<6}{what:<12}" + "".join(f"{number:>10.4g}" for number in numbers))
+def print_table(eigenvalues, t):
+    last = len(eigenvalues) - 1
+    directions = [round(share * last) for share in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1)]
+    heads = [*(direction + 1 for direction in directions), "mean", "sum"]
+    log(f"{'direction':<18}" + "".join(f"{head:>10}" for head in heads))
+    for target in TARGETS:
+        for name, row in best_prediction(target, eigenvalues, t).items():
+            numbers = [*row[directions], row.mean(), row.sum()]
+            log(f"{target:<6}{name:<12}" + "".join(f"{number:>10.4g}" for number in numbers))
+
+
+def print_linear_errors(eigenvalues, width, t):
+    """For each target, and for the member of the family with the least mean error."""
+    def mean(target):
+        return statistics.mean(linear_error(target, eigenvalues, width, TIMES))
+
+    k = min(np.linspace(0, 2, 41).tolist(), key=lambda k: mean(family(k)))
+    targets = {name: name for name in TARGETS} | {f"family, k = {k:.2f}": family(k)}
+    times = [t, *((i + 0.5) / 10 for i in range(10))]
+    log(f"\nvelocity error of the best linear prediction through {width} numbers per token, mean "
+        "over training's times and by t")
+    log(f"{'':<18}{'mean':>10}" + "".join(f"{t:>10.4g}" for t in times))
+    for name, target in targets.items():
+        errors = [mean(target), *linear_error(target, eigenvalues, width, times)]
+        log(f"{name:<18}" + "".join(f"{error:>10.4g}" for error in errors))
 
 
 @program
 def main(argv=None):
     parser = Parser("The spectrum of a cache's tokens, and what each target asks there.")
     add = parser.add_argument
-    add("cache", metavar="CACHE", type=pathlib.Path, help="latents written by vae.py")
+    add("cache", metavar="CACHE", type=path, help="latents written by vae.py")
     add("--patch", type=number(int, 1), default=1, help="patch size, in latent pixels")
     add("--t", type=number(float, 0.001, 0.999), default=0.3, help="time; training's median: 0.31")
-    add("--width", type=number(int, 1), help="numbers a token in the network's narrowest layer")
-    add("--n", type=number(int, 1), default=10_000, help="images read, at most")
-    add("--png", type=picture, help="draw it, to NAME.png")
+    add("--width", type=number(int, 1), help="numbers per token in the network's narrowest layer")
+    add("--n", type=number(int, 1), default=10_000, help="read at most this many latents")
     args = parser.parse_args(argv)
-    data, t = LatentDataset(args.cache), args.t
-    mean, covariance = token_statistics(data, args.patch, args.n)
-    values, _ = spectrum(covariance)
-    table, D = asks(values, t), len(values)
-    name = f"{args.cache.name}, patch {args.patch}, t = {t:g}: tokens of {D} numbers"
-    say(f"{name}\nmean {mean.mean():.3f}, standard deviation {values.mean().sqrt():.3f}, effective "
-        f"dimension {effective_dimension(values):.1f} of {D}; directions for half of the variance: "
-        f"{directions_for(values, 0.5)}, for 99% of it: {directions_for(values, 0.99)}\n")
-    show(table, D)
+    mean, covariance = token_statistics(LatentDataset(args.cache), args.patch, args.n)
+    eigenvalues, _ = spectrum(covariance)
+    log(f"{args.cache.name}, patch {args.patch}, t = {args.t:g}: tokens of {len(mean)} numbers")
+    log(f"mean {mean.mean():.3f}, standard deviation {eigenvalues.mean().sqrt():.3f}, effective "
+        f"dimension {effective_dimension(eigenvalues):.1f}; directions for half of the variance: "
+        f"{directions_for(eigenvalues, 0.5)}, for 99% of it: {directions_for(eigenvalues, 0.99)}\n")
+    print_table(eigenvalues, args.t)
+    k, least = best_k(eigenvalues, args.t)
+    log(f"family with k = {k:.3f}, the mean eigenvalue: {least:.4g} asked in v, the least")
     if args.width:
-        say(f"velocity error of the best linear prediction through {args.width} numbers a token:")
-        for target, error in squeezed(values, t, args.width).items():
-            say(f"{target:<6}{error:.3f}")
-    if args.png:
-        from bench.geometry import draw  # which needs this file
-        panels = {what: (what, None) for what in ("variance", "coefficient", "noise", "carried")}
-        draw(args.png, name, panels, table)
+        print_linear_errors(eigenvalues, args.width, args.t)
 
 
 if __name__ == "__main__":

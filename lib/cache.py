@@ -1,14 +1,16 @@
-"""Shards of latents on disk: what their headers say, and fast random access to their rows. A shard
-is a safetensors file (8 bytes: the length of a JSON header, the header, the tensors' bytes) of
-`latents` (N, C, h, w), `labels` (N,), mostly `latents_flip`, as LightningDiT and the JLT release
-have them. Ours may also hold `pictures`, uint8 (N, 3, size, size), and carry their settings, JSON
-under one metadata key."""
+"""The latent cache: shards of latents, written once and read at random.
+
+A shard is a safetensors file `latents_rank00_shard00000.safetensors` with `latents` (N, C, h, w),
+`labels` (N,) and usually `latents_flip`, the latents of the mirrored images. LightningDiT and the
+JLT release use the same format. Our shards may also hold the images themselves (`pictures`, uint8),
+and carry their settings as JSON under one metadata key, since safetensors writes several keys in no
+fixed order and equal caches should be equal bytes.
+"""
 import hashlib
 import json
 import math
 import pathlib
 import re
-import resource
 
 import numpy as np
 import torch
@@ -16,226 +18,205 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib.files import atomic
-from lib.run import BadInput, RunFailed, say
+from lib.flags import quoted
+from lib.run import BadInput, RunFailed, log
 
-TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-         "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8}
-# What the shards of one cache agree in.
+# The settings that all shards of one cache share.
 SHARED = ("version", "shards", "images", "list", "classes", "vae", "size", "flip", "batch", "dtype",
           "pictures")
+LATENT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+LABEL_TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
-def shard_files(folder):
-    """The shards in a folder, by rank and number (of any number of digits)."""
-    form = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors")
-    found = {}
+def shard_paths(folder):
+    """The shards in a folder, ordered by rank and number, which may have any number of digits."""
+    pattern, found = re.compile(r"latents_rank(\d+)_shard(\d+)\.safetensors"), {}
     for path in pathlib.Path(folder).glob("latents_rank*"):
-        if match := form.fullmatch(path.name):
+        if match := pattern.fullmatch(path.name):
             found[int(match[1]), int(match[2])] = path
     return [found[key] for key in sorted(found)]
 
 
-def read_header(path):
-    """({tensor: (dtype, shape, place of its first byte)}, our settings or None) of a whole shard.
-    Raises BadInput."""
+def open_shard(path):
+    """({name: tensor}, our settings or None) of a shard. safetensors maps the file into memory, so
+    that rows are read from disk only when they are used, and all ranks share them. Raises BadInput
+    where the file is not a whole shard."""
     try:
-        with safe_open(path, "pt"):  # it looks whether the header fits the file
-            pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        settings = json.loads(header.pop("__metadata__", {}).get("nanojlt", "null"))
-        tensors = {}
-        for name, entry in header.items():
-            place = 8 + length + entry["data_offsets"][0]
-            tensors[name] = TYPES[entry["dtype"]], tuple(entry["shape"]), place
-        (dtype, shape, _), (_, count, _) = tensors["latents"], tensors["labels"]
-        mirrored = tensors.get("latents_flip", tensors["latents"])
-        if len(shape) != 4 or count != shape[:1] or mirrored[:2] != (dtype, shape):
-            raise ValueError(f"latents {shape}, labels {count}, mirrored {mirrored[1]}")
-        return tensors, settings
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:99]}"
+        with safe_open(path, "pt") as file:  # checks that header and file fit together
+            settings = json.loads((file.metadata() or {}).get("nanojlt", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        latents, labels = tensors["latents"], tensors["labels"]
+        mirrored = tensors.get("latents_flip", latents)
+        if not (latents.ndim == 4 and latents.shape == mirrored.shape
+                and labels.shape == latents.shape[:1]):
+            raise ValueError(f"latents {tuple(latents.shape)}, mirrored {tuple(mirrored.shape)}, "
+                             f"labels {tuple(labels.shape)}")
+        if settings is not None and not {"shard", "shards"} <= set(settings):
+            raise ValueError("its settings are not ours")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:150]}"
         raise BadInput(f"{path}: not a whole shard of latents ({reason}): delete it, and the "
-                       "command that made the others makes it anew") from None
+                       "command that wrote the others writes it again") from None
+    if latents.dtype not in LATENT_TYPES or labels.dtype not in LABEL_TYPES:
+        raise BadInput(f"{path}: latents of {latents.dtype} and labels of {labels.dtype}: expected "
+                       "fp16, bf16 or fp32, and integers")
+    return tensors, settings
 
 
-def list_hash(items):
-    """Names a list of images [(path, label)]."""
-    names = json.dumps([path for path, _ in items])
-    return hashlib.sha256(names.encode()).hexdigest()[:16]
+def save_shard(path, tensors, settings):
+    """Write a shard atomically. Raises RunFailed, also where latents are not finite."""
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise RunFailed(f"{path.name}: some latents are not finite: try --dtype fp32")
+    with atomic(path) as temporary:
+        save_file(tensors, temporary, {"nanojlt": json.dumps(settings, sort_keys=True)})
 
 
-def differing(one, other):
-    """The settings in which two shards are not of one cache (None: a shard that is not ours)."""
+def differences(one, other):
+    """The names of the settings in which two shards differ, and so are not of one cache. None
+    stands for a shard that this project did not write."""
     if not (one and other):
         return [] if one is other else ["program"]
     return [name for name in SHARED if one.get(name) != other.get(name)]
 
 
-def finished_shards(out, paths, settings, read):
-    """The shards that need not be written again. Raises BadInput for one of another cache."""
-    finished = []
-    for path in shard_files(out):
-        _, theirs = read_header(path)
-        wrong = differing(theirs, settings) or ([] if path in paths else ["name"])
-        if wrong:
-            raise BadInput(f"{path}: made with another {', '.join(wrong)}: change --out")
-        # Not finished: where an image left out can be read now, since its disk was away.
-        if all(read(name)[0] is None for name in theirs["unreadable"]):
-            finished.append(path)
-    return finished
+def file_stamp(root, items):
+    """A hash of the sizes and modification times of the listed images [(path, label)], by which
+    vae.py notices changed images. It is kept beside a shard, whose own bytes hold no dates."""
+    digest = hashlib.sha256()
+    for path, _ in items:
+        facts = (root / path).stat()
+        digest.update(f"{path} {facts.st_size} {facts.st_mtime_ns}\n".encode(errors="replace"))
+    return digest.hexdigest()[:16]
 
 
-def save_shard(path, tensors, settings):
-    """Write a shard, atomically. (One key of the header: safetensors keeps several in no order.)"""
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise RunFailed(f"{path.name}: latents that are not finite numbers: try --dtype fp32")
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, {"nanojlt": json.dumps(settings, sort_keys=True)})
-
-
-def write_codec_path(folder, path):
-    """Note where a local codec lies: beside the shards, since a path is no part of the data."""
-    with atomic(folder / "source.json") as temporary:
-        temporary.write_text(json.dumps({"path": path}))
-
-
-def read_codec_path(folder):
-    """The path in that note, or None. (Older caches call it hint.)"""
+def read_note(path):
+    """A JSON file beside the shards, or {} where there is none."""
     try:
-        note = json.loads(pathlib.Path(folder, "source.json").read_text())
-        return note.get("path", note.get("hint"))
+        return json.loads(path.read_text())
     except (OSError, ValueError):
-        return None
+        return {}
 
 
-def read_stats(path, channels):
-    """(mean, std), each (C, 1, 1) fp32, from the file that LightningDiT lays beside raw latents;
-    None without one."""
+def read_statistics(path, channels):
+    """(mean, std), each (C, 1, 1) fp32, of LightningDiT's raw latents, from the file beside them;
+    None where there is none. Raises BadInput."""
     if not path.exists():
         return None
     try:
         stats = torch.load(path, "cpu", weights_only=True)
         mean, std = (stats[name].float().reshape(channels, 1, 1) for name in ("mean", "std"))
-    except Exception as error:  # a damaged or unsafe pickle fails in any way it likes
+    except Exception as error:  # a damaged or unsafe pickle can fail in any way
         raise BadInput(f"{path}: expected tensors mean and std of {channels} channels "
-                       f"({type(error).__name__}): mend it, or remove it to use the latents as "
+                       f"({type(error).__name__}): repair it, or remove it to use the latents as "
                        "they are") from None
     return mean, std
 
 
-def open_cache(folder):
-    """(Rows, settings, stats, fingerprint) of the cache in a folder: settings {} and maybe stats
-    (mean, std) where it is not ours. Raises BadInput."""
-    folder, paths = pathlib.Path(folder), shard_files(folder)
-    if not paths:
-        raise BadInput(f"no latents at {folder}: make them (python vae.py --images FOLDER --out "
-                       f"{folder}), or try python train.py --demo, which needs none")
-    headers, settings = zip(*map(read_header, paths))
-    for path, theirs in zip(paths, settings):
-        if wrong := differing(theirs, settings[0]):
-            raise BadInput(f"{path}: another {', '.join(wrong)} than {paths[0].name}: they are not "
-                           "one cache")
-    rows, ours = Rows(paths, headers), settings[0] or {}
-    if ours and [theirs["shard"] for theirs in settings] != list(range(ours["shards"])):
-        raise BadInput(f"{folder}: {len(paths)} of {ours['shards']} shards: finish the cache with "
-                       "the same vae.py command")
-    classes = len(ours["classes"]) if ours else 10**6
-    if not len(rows.labels) or rows.labels.min() < 0 or rows.labels.max() >= classes:
-        raise BadInput(f"{folder}: no labels, or some that are not from 0 to {classes - 1}")
-    stats = None if ours else read_stats(folder / "latents_stats.pt", rows.shape[0])
-    facts = json.dumps([[path.name for path in paths], headers, settings], default=str)
-    digest = hashlib.sha256(facts.encode())
-    for data in (rows.labels, *(stats or ())):
-        digest.update(data.numpy().tobytes())
-    return rows, ours, stats, digest.hexdigest()[:16]
+class LatentDataset:
+    """A cache written by vae.py, by LightningDiT or by the JLT release. dataset[i] is (latent
+    (C, h, w) in its stored dtype, int label).
+
+    .shape (C, h, w); .num_classes; .mirrored: whether there are latents of mirrored images.
+    .class_names, .size of the images, .vae {"kind", "id"}: None where a foreign cache does not say.
+    .vae_path: the folder of a local codec, or None. .has_images: whether `images` works.
+    .fingerprint: a hash of settings and labels. Raises BadInput where shards are damaged, missing
+    or not of one cache.
+    """
+
+    def __init__(self, folder):
+        folder, paths = pathlib.Path(folder), shard_paths(folder)
+        if not paths:
+            raise BadInput(f"no latents in {folder}: write them with python vae.py --images FOLDER "
+                           f"--out {quoted(folder)}, or try python train.py --demo, which needs "
+                           "none")
+        self.shards, settings = zip(*map(open_shard, paths))
+        for path, shard, theirs in zip(paths, self.shards, settings):
+            different = differences(theirs, settings[0])
+            first, latents = self.shards[0]["latents"], shard["latents"]
+            if (latents.shape[1:], latents.dtype) != (first.shape[1:], first.dtype):
+                different.append("shape or type")
+            if different:
+                raise BadInput(f"{path}: another {', '.join(different)} than {paths[0].name}: they "
+                               "are not one cache")
+        ours = settings[0] or {}
+        if ours and [theirs["shard"] for theirs in settings] != list(range(ours["shards"])):
+            raise BadInput(f"{folder}: {len(paths)} of {ours['shards']} shards: finish the cache "
+                           "with the same vae.py command")
+
+        labels = [shard["labels"].long() for shard in self.shards]
+        self.labels = torch.cat(labels)                                 # (N,) int64
+        self.starts = np.cumsum([0, *map(len, labels)])                 # first row of each shard
+        self.class_names, self.size = ours.get("classes"), ours.get("size")
+        most = len(self.class_names) if ours else 10**6
+        if not len(self.labels) or self.labels.min() < 0 or self.labels.max() >= most:
+            raise BadInput(f"{folder}: no labels, or some that are not from 0 to {most - 1}")
+        self.num_classes = len(self.class_names) if ours else int(self.labels.max()) + 1
+        self.shape = tuple(first.shape[1:])
+        self.mirrored = all("latents_flip" in shard for shard in self.shards)
+        self.has_images = all("pictures" in shard for shard in self.shards)
+        self.vae = ours.get("vae")
+        note = read_note(folder / "source.json")
+        self.vae_path = note.get("path", note.get("hint"))
+        self.stats = None if ours else read_statistics(folder / "latents_stats.pt", self.shape[0])
+
+        facts = json.dumps([[path.name for path in paths], settings, self.shape, str(first.dtype)])
+        digest = hashlib.sha256(facts.encode())
+        for tensor in (self.labels, *(self.stats or ())):
+            digest.update(tensor.numpy().tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        latents, labels = self.batch([range(len(self))[i]])
+        return latents[0], int(labels[0])
+
+    def batch(self, indices, flip=False):
+        """Latents (B, C, h, w) in their stored dtype and labels (B,) int64. flip: bool (B,) or one
+        bool, whether to take the mirrored image's; ignored where the cache has none."""
+        indices = np.asarray(indices, dtype=np.int64)
+        flip = np.broadcast_to(np.asarray(flip, dtype=bool), indices.shape) & self.mirrored
+        names = [("latents", "latents_flip")[mirror] for mirror in flip.tolist()]
+        latents = self.rows(indices, names)                             # (B, C, h, w)
+        if self.stats:  # LightningDiT's latents are raw
+            mean, std = self.stats
+            latents = ((latents.float() - mean) / std).to(latents.dtype)
+        return latents, self.labels[torch.from_numpy(indices)]
+
+    def images(self, indices, flip):
+        """The images (B, 3, size, size) uint8, mirrored where `batch` gives the mirrored latent.
+        Only where .has_images: vae.py --keep-images stores them."""
+        indices = np.asarray(indices, dtype=np.int64)
+        images = self.rows(indices, ["pictures"] * len(indices))
+        flip = torch.as_tensor(flip) & self.mirrored                    # (B,)
+        return torch.where(flip[:, None, None, None], images.flip(-1), images)
+
+    def rows(self, indices, names):
+        """Row indices[i] of the tensor names[i], stacked."""
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"images {indices.min()} to {indices.max()} of {len(self)}")
+        shard = np.searchsorted(self.starts, indices, "right") - 1
+        row = indices - self.starts[shard]
+        tensors = [self.shards[s][name] for s, name in zip(shard.tolist(), names)]
+        return torch.stack([tensor[r] for tensor, r in zip(tensors, row.tolist())])
+
+    def differences(self, other):
+        """What keeps two caches from serving one network."""
+        names = ("shape", "vae", "num_classes", "class_names")
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
 
 
 def check_latents(data):
-    """(mean, standard deviation) of 1,000 latents from all over a LatentDataset. Warns where they
-    are far from 0 and 1 (pixels may be); raises BadInput where they are no finite numbers."""
-    picks = np.linspace(0, len(data) - 1, min(len(data), 1000)).astype(np.int64)
-    x = data.batch(picks)[0].float()                                    # (up to 1000, C, h, w)
+    """(mean, standard deviation) of 1,000 latents from all over a cache. Warns where they are far
+    from 0 and 1, unless they are pixels; raises BadInput where they are not finite."""
+    indices = np.linspace(0, len(data) - 1, min(len(data), 1000)).astype(np.int64)
+    x = data.batch(indices)[0].float()                                  # (up to 1000, C, h, w)
     mean, std = x.mean().item(), x.std(correction=0).item()
     if not math.isfinite(mean):
-        raise BadInput("the latents hold values that are not finite: make the cache anew")
+        raise BadInput("the latents hold values that are not finite: write the cache again")
     healthy = abs(mean) <= 1 and 0.25 <= std <= 4
     if not healthy and (data.vae or {}).get("kind") != "pixels":
-        say(f"warning: latents of mean {mean:.2f} and spread {std:.2f}, expected about 0 and 1")
+        log(f"warning: latents with mean {mean:.2f} and standard deviation {std:.2f}: expected "
+            "about 0 and 1")
     return mean, std
-
-
-def mean_latent(data, count=10_000):
-    """The mean latent (C, h, w) of a LatentDataset, fp32: of `count` images from all over it, every
-    other one mirrored."""
-    rows = np.linspace(0, len(data) - 1, min(len(data), count)).astype(np.int64)
-    total = torch.zeros(data.shape, dtype=torch.float64)
-    for part in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / 256)):
-        total += data.batch(rows[part], part % 2 == 1)[0].double().sum(0)
-    return (total / len(rows)).float()
-
-
-class Rows:
-    """The rows of all shards as one table: .labels (N,) int64, latents of .shape (C, h, w);
-    .mirrored, .pictured: whether all shards hold mirrored latents, pictures. Raises BadInput."""
-
-    def __init__(self, paths, headers):
-        self.paths, self.headers, self.maps = paths, headers, {}
-        self.dtype, (_, *shape), _ = headers[0]["latents"]
-        self.shape = tuple(shape)
-        self.mirrored = all("latents_flip" in header for header in headers)
-        self.pictured = all("pictures" in header for header in headers)
-        labels = []
-        for path, header in zip(paths, headers):
-            dtype, (_, *shape), _ = header["latents"]
-            if (dtype, tuple(shape)) != (self.dtype, self.shape):
-                raise BadInput(f"{path}: latents {tuple(shape)} {dtype}, but {self.shape} "
-                               f"{self.dtype} in {paths[0].name}: they are not one cache")
-            dtype, (count,), place = header["labels"]
-            kind = "<i4" if dtype == torch.int32 else "<i8"
-            labels.append(np.fromfile(path, kind, count, offset=place))
-        self.starts = np.cumsum([0] + [len(part) for part in labels])  # first row of each shard
-        self.labels = torch.from_numpy(np.concatenate(labels).astype(np.int64))
-        # A map keeps its file open: a large cache has more shards than the usual limit of 1,024.
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < len(paths) + 500 <= hard:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (len(paths) + 500, hard))
-
-    def tables(self, shard):
-        """{tensor: bytes (N, bytes of a row)} of a shard. The file is mapped once, for reading, so
-        that all ranks of a machine share the memory."""
-        data, tables = np.memmap(self.paths[shard], np.uint8, "r"), {}
-        for name, (dtype, shape, place) in self.headers[shard].items():
-            row = dtype.itemsize * int(np.prod(shape[1:]))
-            tables[name] = data[place:place + shape[0] * row].reshape(shape[0], row)
-        return tables
-
-    def latents(self, rows, flip):
-        """rows: int64 (B,), flip: bool (B,) -> latents (B, C, h, w) in the stored type."""
-        names = [("latents", "latents_flip")[mirror] for mirror in (flip & self.mirrored).tolist()]
-        return self.gather(rows, names).view(self.dtype).view(len(rows), *self.shape)
-
-    def pictures(self, rows):
-        """rows: int64 (B,) -> pictures (B, 3, size, size) uint8."""
-        _, (_, *shape), _ = self.headers[0]["pictures"]
-        return self.gather(rows, ["pictures"] * len(rows)).view(len(rows), *shape)
-
-    def gather(self, rows, names):
-        """The bytes of these rows of the tensors so named, one after the other. Other threads run
-        meanwhile."""
-        if not len(rows):
-            return torch.empty(0, dtype=torch.uint8)
-        if rows.min() < 0 or rows.max() >= self.starts[-1]:
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.starts[-1]}")
-        shards = np.searchsorted(self.starts, rows, "right") - 1
-        within = rows - self.starts[shards]
-        for shard in set(shards.tolist()) - self.maps.keys():
-            self.maps[shard] = self.tables(shard)
-        found = [self.maps[shard][name][row]
-                 for shard, name, row in zip(shards.tolist(), names, within.tolist())]
-        # Into memory of NumPy's, which asks for huge pages where torch.empty does not: that is
-        # nearly as fast as copying from an array.
-        out = np.empty(sum(map(len, found)), np.uint8)
-        np.concatenate(found, out=out)
-        return torch.from_numpy(out)

@@ -1,22 +1,25 @@
-"""Weight files: checkpoints of a run, the light exports that people share, the paper's release.
-Ours are safetensors, which hold no code: tensors `model.*`, `ema.*`, `ema2.*`, `optimizer.*`,
-`beside.*` (what an ablation trains besides), `data.mean_latent`; all else that belongs to a run is
-JSON under one key of the header."""
+"""Weight files: checkpoints of a run, the smaller exports that people share, the paper's release.
+
+Ours are safetensors, which cannot hold code: tensors `model.*`, `ema.*`, `ema2.*`, `optimizer.*`
+and, for some ablations, `extra.*`. Everything else that belongs to a run is JSON in the header.
+"""
 import argparse
 import hashlib
 import json
 import os
 import pathlib
+import time
 import zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib.files import atomic, check_disk
-from lib.run import BadInput, RunFailed, mean_over_ranks, rank, say
+from lib.files import atomic
+from lib.run import BadInput, log, rank
 from model import JLT, TARGETS, Denoiser
 
+FORMAT = 2  # of a run's checkpoint; 1 stored the optimizer in another way
 FLUX2 = "black-forest-labs/FLUX.2-klein-4B"
 WEIGHTS = ("model", "ema", "ema2")
 
@@ -25,44 +28,40 @@ WEIGHTS = ("model", "ema", "ema2")
 # Files
 
 def save_checkpoint(path, tensors, settings, keep=None):
-    """Write atomically; what stood at `path` moves to `keep` where given. Raises RunFailed."""
+    """Write a checkpoint atomically; the old file moves to `keep` where given. Raises RunFailed."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path, keep) as temporary:
         save_file(tensors, temporary, {"nanojlt": json.dumps(settings, sort_keys=True)})
 
 
 def read_checkpoint(path, skip=None):
-    """(tensors, settings) of a safetensors file, without the group `skip`; settings {} where it is
-    not ours. Raises BadInput where it is not whole."""
+    """(tensors, settings) of a safetensors file, without the tensors `skip.*`; settings are {} for
+    a file that is not ours. Raises BadInput where the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get("nanojlt", "{}"))
+            settings = dict(json.loads((file.metadata() or {}).get("nanojlt", "{}")))
             names = [name for name in file.keys() if name.split(".")[0] != skip]
-            return {name: file.get_tensor(name) for name in names}, up_to_date(settings)
-    except (OSError, SafetensorError, ValueError) as error:
+            return {name: file.get_tensor(name) for name in names}, settings
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise BadInput(f"{path}: not a whole safetensors checkpoint ({error})") from None
 
 
-def up_to_date(settings):
-    """Settings as they are called now: the one place that knows how older files called them."""
-    renamed = {"warmup": "warmup_epochs", "hint": "vae_path"}
-    return {renamed.get(name, name): value for name, value in settings.items()}
-
-
 def read_weights(path):
-    """({"model": {name: tensor}, "ema": ...}, settings) of one of our files, the release's
-    `checkpoint-last.pth`, or a plain state dict, which counts as model and average alike. Nothing
-    in the file is run as code."""
+    """({"model": {name: tensor}, "ema": ...}, settings) of one of our files, of the release's
+    `checkpoint-last.pth`, or of a plain state dict, which serves as model and EMA alike. Nothing in
+    the file is executed. Raises BadInput."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise BadInput(f"{path}: no such checkpoint file")
+        time.sleep(0.2)  # a run that saves renames its files; this may be the instant between
+        if not path.is_file():
+            raise BadInput(f"{path}: no such checkpoint file")
     if path.suffix != ".safetensors":
         return read_release(path)
     tensors, settings = read_checkpoint(path, skip="optimizer")
     if not settings:
         return {"model": tensors, "ema": tensors}, release_settings(argparse.Namespace())
-    settings["mean_latent"] = tensors.get("data.mean_latent")
-    return {group: part(tensors, group) for group in WEIGHTS if part(tensors, group)}, settings
+    groups = {group: group_tensors(tensors, group) for group in WEIGHTS}
+    return {group: weights for group, weights in groups.items() if weights}, settings
 
 
 def read_release(path):
@@ -70,7 +69,7 @@ def read_release(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         settings = release_settings(data.get("args", argparse.Namespace()))
-    except Exception as error:  # a damaged or unsafe pickle fails in any way it likes
+    except Exception as error:  # a damaged or unsafe pickle can fail in any way
         known = isinstance(error, (OSError, RuntimeError, ValueError))
         reason = str(error).split(". ")[0][:150] if known else type(error).__name__
         raise BadInput(f"{path}: not a checkpoint of plain tensors ({reason})") from None
@@ -81,7 +80,7 @@ def read_release(path):
 
 
 def release_settings(args):
-    """Our settings, from the arguments that the release stores beside its weights."""
+    """Our settings, from the training arguments that the release stores beside its weights."""
     predicts_v = getattr(args, "flow_matching", None)
     target = {None: None, True: "v", False: "x"}[predicts_v]
     size = getattr(args, "img_size", 256)
@@ -90,13 +89,13 @@ def release_settings(args):
 
 
 def find_file(source, *names):
-    """The path of the first of these files that `source`, a folder or a Hugging Face id, has.
-    Raises OSError."""
+    """The path of the first of these files in `source`, a folder or a Hugging Face id. Raises
+    OSError where there is none."""
     if os.path.isdir(source):
         found = [path for path in (pathlib.Path(source, name) for name in names) if path.is_file()]
         if found:
             return found[0]
-        raise FileNotFoundError(f"no {' or '.join(names)} there")
+        raise FileNotFoundError(f"no {' or '.join(names)} in it")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
     for name in names:
@@ -104,25 +103,25 @@ def find_file(source, *names):
             return pathlib.Path(hf_hub_download(source, name))
         except EntryNotFoundError:  # also where the hub cannot be reached and its cache lacks it
             pass
-    raise OSError(f"no {' or '.join(names)} there, or the hub cannot be reached")
+    raise OSError(f"no {' or '.join(names)} in it, or the hub cannot be reached")
+
+
+def group_tensors(tensors, group):
+    """The tensors named GROUP.*, without that prefix."""
+    return {name.removeprefix(f"{group}."): tensor for name, tensor in tensors.items()
+            if name.startswith(f"{group}.")}
 
 
 # -------------------------------------------------------------------------------------------------
 # From a file to a network
 
-def part(tensors, group):
-    """The tensors of one group, without the group's name."""
-    return {name.removeprefix(f"{group}."): tensor for name, tensor in tensors.items()
-            if name.startswith(f"{group}.")}
-
-
 def build_net(weights: dict, path, input_size: int) -> JLT:
-    """The network that fits these tensors, its sizes (but the latent's) read off their shapes.
-    Raises BadInput, naming the tensor, where one is missing, unknown or misshapen."""
-    weights = {name.removeprefix("module.").removeprefix("net."): tensor
-               for name, tensor in weights.items()}
-    weights.pop("mask_token", None)  # in the release's files; the paper's model has no use for it
+    """The network that fits these tensors. Its sizes are read off their shapes, except for the
+    latent's. Raises BadInput, naming the tensor, where one is missing, unknown or misshapen."""
     try:
+        weights = {name.removeprefix("module.").removeprefix("net."): tensor
+                   for name, tensor in weights.items()}
+        weights.pop("mask_token", None)  # in the release's files, not used in the paper's model
         bottleneck = weights.get("x_embedder.proj1.weight")
         patch = weights["x_embedder.proj.weight"] if bottleneck is None else bottleneck
         width = len(weights["t_embedder.mlp.2.bias"])
@@ -143,169 +142,148 @@ def load_denoiser(path, weights="ema", device="cpu", target=None, input_size=Non
     """A Denoiser in eval mode, with its `.settings`, from a checkpoint, an export or a published
     file. weights: "model", "ema" or "ema2". target and input_size (the latent's height) are for
     files that do not say them. Raises BadInput, naming what is wrong."""
-    sets, settings = read_weights(path)
-    if weights not in sets:
-        raise BadInput(f"{path}: no weights {weights!r}: it has --weights {' '.join(sets)}")
+    groups, settings = read_weights(path)
+    if weights not in groups:
+        raise BadInput(f"{path}: no weights {weights!r}: it has --weights {' '.join(groups)}")
     for name, given in {"target": target, "input_size": input_size}.items():
         if given and settings.get(name) not in (None, given):
-            if name == "target" or "step" in settings:  # a release's size is only an inference
+            if name == "target" or "step" in settings:  # a release's size is only inferred
                 raise BadInput(f"{path}: the {name} of that network is {settings[name]}")
         settings[name] = given or settings.get(name)
-    if settings["target"] not in TARGETS:  # most likely None
-        raise BadInput(f"{path} does not say what its network predicts ({settings['target']}): "
-                       f"give --target {', '.join(TARGETS)}")
-    objective = {name: settings[name] for name in ("loss", "P_mean", "P_std", "t_eps", "label_drop")
-                 if name in settings}
-    net = build_net(sets[weights], path, settings["input_size"])
+    if settings["target"] not in TARGETS:  # usually None
+        raise BadInput(f"{path}: it does not say what it predicts ({settings['target']}): give "
+                       "--target")
+    net = build_net(groups[weights], path, settings["input_size"] or 16)
+    objective = {name: settings[name] for name in
+                 ("loss", "P_mean", "P_std", "t_eps", "label_drop") if name in settings}
     denoiser = Denoiser(net, settings["target"], **objective)
-    denoiser.settings = {"cfg": 1.0, "interval": (0.1, 1.0)} | settings
-    mean = denoiser.settings.pop("mean_latent", None)
-    denoiser.mean_latent = None if mean is None else mean.to(device)
+    denoiser.settings = {"cfg": 1.0, "interval": [0.1, 1.0]} | settings
     return denoiser.to(device).eval().requires_grad_(False)
 
 
-def is_young(step: int, decay: float) -> bool:
-    """Whether an average over about 1/(1-decay) steps still remembers the start of training."""
-    return step * (1 - decay) < 3  # that is, before three times as many steps
-
-
-def warn_if_young(settings, weights):
-    decays = dict(zip(("ema", "ema2"), settings.get("ema", [])))
-    if weights in decays and is_young(settings["step"], decays[weights]):
-        say(f"warning: {settings['step']} steps are few for an EMA of {decays[weights]}, which "
-            "remembers the start: compare with --weights model of the run's last.safetensors")
-
-
-def load_init(path, net, target, class_names=None):
-    """The network in `path`, to start from. Where its classes are others, by number or by name, it
-    gets the new label table of `net`. Raises BadInput where it differs from `net` otherwise (but a
-    bottleneck, or none, may)."""
-    sets, settings = read_weights(path)
-    start = build_net(sets.get("ema") or sets["model"], path, net.input_size)
+def load_init(path, net, target, class_names):
+    """Start `net` from the weights in `path`. Its patch embedding is taken over whole, so that the
+    release's weights, which have no bottleneck, can be fine-tuned. Where the classes differ, by
+    number or by name, the label table stays as it is. Raises BadInput where anything else differs.
+    """
+    groups, settings = read_weights(path)
     if settings.get("target") not in (None, target):
         raise BadInput(f"--init {path}: it predicts {settings['target']}, not {target}")
-    ours, theirs = (
-        {"patch size": n.patch_size, "channels": n.in_channels}
-        | {name: tuple(value.shape) for name, value in n.state_dict().items()
-           if not name.startswith(("x_embedder", "y_embedder"))}
-        for n in (net, start))
-    for name in ours | theirs:
-        if ours.get(name) != theirs.get(name):
-            raise BadInput(f"--init {path}: {name} is {theirs.get(name)}, not {ours.get(name)}")
-    known = settings.get("class_names") or class_names  # where it does not name them: believed
-    if start.num_classes != net.num_classes or (class_names and known != class_names):
-        say(f"--init {path}: other classes than the {net.num_classes} here: a new label table")
-        start.y_embedder, start.num_classes = net.y_embedder, net.num_classes
-    return start
+    start = build_net(groups.get("ema") or groups["model"], path, net.input_size)
+    if (start.patch_size, start.in_channels) != (net.patch_size, net.in_channels):
+        raise BadInput(f"--init {path}: patch size {start.patch_size} and {start.in_channels} "
+                       f"channels, not {net.patch_size} and {net.in_channels}")
+    weights, table = start.state_dict(), "y_embedder.embedding_table.weight"
+    theirs = settings.get("class_names") or class_names  # a file that names none is believed
+    if start.num_classes != net.num_classes or (class_names and theirs != class_names):
+        log(f"--init {path}: other classes than the {net.num_classes} here: a new label table")
+        weights[table] = net.state_dict()[table]
+    net.x_embedder = start.x_embedder
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"--init {path}: another network than this run's ({reason})") from None
 
 
 def weights_hash(net) -> str:
-    """Eight characters that name a network's weights wherever something made by it is written."""
+    """Eight characters that name a network's weights wherever something made with it is noted."""
     digest = hashlib.sha256()
     for _, tensor in sorted(net.state_dict().items()):
         digest.update(tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:8]
 
 
+def newest_checkpoint(weights="ema", folder="out"):
+    """The file with these weights of the newest run: the small export where it is enough."""
+    names = ("ema", "last", "previous") if weights != "model" else ("last", "previous", "ema")
+    files = [path for name in names
+             for path in pathlib.Path(folder).glob(f"*/{name}.safetensors")]
+    if not files:
+        raise BadInput(f"no checkpoint in {folder}/: train one (python train.py --demo takes "
+                       "minutes) or give --ckpt FILE")
+    run = max(files, key=lambda path: path.stat().st_mtime).parent
+    return next(path for path in files if path.parent == run)
+
+
 # -------------------------------------------------------------------------------------------------
 # A run's folder
 
-# Below, nets are the network and its averages, in the order of WEIGHTS.
-
-def export_tensors(nets):
-    """What people share: the averages alone."""
-    return {f"{group}.{name}": value for group, net in zip(WEIGHTS[1:], nets[1:])
-            for name, value in net.state_dict().items()}
+def export_tensors(emas):
+    """What people share: the EMAs alone."""
+    return {f"{group}.{name}": value for group, ema in zip(WEIGHTS[1:], emas)
+            for name, value in ema.state_dict().items()}
 
 
-def run_tensors(nets, optimizer, beside):
-    """All that a run needs to continue. beside: {name: parameter}, what an ablation trains besides
-    the network."""
-    tensors = {f"model.{name}": value for name, value in nets[0].state_dict().items()}
-    tensors |= {f"beside.{name}": p for name, p in beside.items()}
-    for name, p in (dict(nets[0].named_parameters()) | beside).items():
-        tensors |= {f"optimizer.{key}.{name}": v for key, v in optimizer.state[p].items()}
-    return tensors | export_tensors(nets)
+def run_tensors(net, emas, extra, optimizer):
+    """(tensors, JSON) of all that a run needs to continue. extra: {name: parameter}, what an
+    ablation trains besides the network. The optimizer's state dict is split into its tensors and
+    the rest, so that any optimizer can be stored."""
+    tensors = {f"model.{name}": value for name, value in net.state_dict().items()}
+    tensors |= export_tensors(emas) | {f"extra.{name}": p for name, p in extra.items()}
+    state = optimizer.state_dict()
+    rest = {"param_groups": state["param_groups"], "state": {}}
+    for index, values in state["state"].items():
+        rest["state"][index] = {}
+        for key, value in values.items():
+            if torch.is_tensor(value):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                rest["state"][index][key] = value
+    return tensors, rest
 
 
-def restore(tensors, nets, optimizer, beside):
-    """Put the tensors of a checkpoint back where they came from."""
+def restore(tensors, optimizer_rest, net, emas, extra, optimizer):
+    """Load what `run_tensors` gave. Raises BadInput where it does not fit."""
     try:
-        for group, net in zip(WEIGHTS, nets):
-            net.load_state_dict(part(tensors, group))
-        for name, p in beside.items():
-            p.data.copy_(tensors[f"beside.{name}"])
-        for name, p in (dict(nets[0].named_parameters()) | beside).items():
-            state = {key: tensors[f"optimizer.{key}.{name}"]
-                     for key in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {key: v.to(p.device, copy=True) for key, v in state.items()}
-    except (KeyError, RuntimeError) as error:
+        for group, network in zip(WEIGHTS, [net, *emas]):
+            network.load_state_dict(group_tensors(tensors, group))
+        for name, p in extra.items():
+            p.data.copy_(tensors[f"extra.{name}"])
+        state = {int(index): dict(values) for index, values in optimizer_rest["state"].items()}
+        for name, value in group_tensors(tensors, "optimizer").items():
+            index, key = name.split(".", 1)
+            state[int(index)][key] = value.clone()
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer_rest["param_groups"]})
+    except (KeyError, RuntimeError, ValueError) as error:
         raise BadInput(f"the checkpoint does not fit the network: {str(error)[:300]}") from None
 
 
 def resume_point(out):
     """(tensors, settings) of the newest whole checkpoint in a run's folder, or (None, None). A
-    damaged `last` is set aside: the next save would move it over the whole `previous`."""
+    damaged `last` is set aside, because the next save would move it over the whole `previous`."""
     last, previous = out / "last.safetensors", out / "previous.safetensors"
     if rank() == 0:  # which holds the folder's lock
-        for stale in out.glob(".tmp*"):  # of a save that was killed
+        for stale in out.glob(".tmp-*"):  # of a save that was killed
             stale.unlink()
-    found = [path for path in (last, previous) if path.exists()]
-    for path in found:
+    existing = [path for path in (last, previous) if path.exists()]
+    for path in existing:
         try:
             tensors, settings = read_checkpoint(path)
             if "step" not in settings:
                 raise BadInput(f"{path}: not a checkpoint of a run")
         except BadInput as error:
-            say(f"WARNING: {error}")
+            log(f"WARNING: {error}")
             continue
-        if path == previous and last in found and rank() == 0:
+        if path == previous and last in existing and rank() == 0:
             os.replace(last, out / "last.damaged")
         return tensors, settings
-    if found:
-        raise BadInput(f"{out}: its checkpoints are damaged: move them away, or take another --out")
+    if existing:
+        raise BadInput(f"{out}: its checkpoints are damaged: move them away, or choose another "
+                       "--out")
     return None, None
 
 
-def resume(out, settings, nets, optimizer, beside):
-    """Put the newest checkpoint of a run's folder into nets, optimizer and what is trained beside.
-    Returns (step, skipped steps), 0 where there is none. Raises BadInput where it is another
-    run's."""
-    tensors, saved = resume_point(out)
-    step, skipped = 0, 0
-    if tensors:
-        check_same_run(out, saved, settings)
-        restore(tensors, nets, optimizer, beside)
-        step, skipped = saved["step"], saved["skipped"]
-        say(f"continues {out} at step {step}")
-    if mean_over_ranks(torch.tensor(step, dtype=torch.float64)) != step:
-        raise RunFailed(f"ranks found different checkpoints, this one that of step {step}: do all "
-                        "nodes see the same --out?")
-    if step == 0:  # three whole checkpoints (last, previous, the next) and an export
-        size = sum(p.numel() for p in nets[0].parameters())
-        more = sum(p.numel() for p in beside.values())  # with its two moments
-        check_disk(out, 4 * (size * (3 * (len(nets) + 2) + len(nets) - 1) + more * 9))
-    return step, skipped
-
-
 def check_same_run(out, saved, now):
-    """Raises BadInput where these settings make it another run. The number of steps is free as long
+    """Raises BadInput where these settings make another run. The number of steps may change as long
     as the learning rate has not yet followed from it."""
+    if saved.get("format") != FORMAT:
+        raise BadInput(f"{out}: a run of an older version of this code, whose optimizer cannot be "
+                       "continued here: finish it with commit 1d03df4, or choose another --out "
+                       "(its exports load)")
     steps = min(saved["steps"], now["steps"])
     falling = now["decay"] and saved["step"] >= (1 - now["decay"]) * steps
     different = [f"{name} ({saved.get(name)} there, {value} here)" for name, value in now.items()
                  if saved.get(name) != value and (name != "steps" or falling)]
     if different:
         raise BadInput(f"{out} holds a run with another {', '.join(different)}")
-
-
-def newest_checkpoint(weights="ema", folder="out"):
-    """The newest run's file with these weights: the light export where it is enough."""
-    names = ("ema", "last", "previous") if weights != "model" else ("last", "previous", "ema")
-    files = [path for name in names
-             for path in pathlib.Path(folder).glob(f"*/{name}.safetensors")]
-    if not files:
-        raise BadInput(f"no checkpoint in {folder}/: train one (python train.py --demo: minutes) "
-                       "or give --ckpt FILE")
-    run = max(files, key=lambda path: path.stat().st_mtime).parent
-    return next(path for path in files if path.parent == run)

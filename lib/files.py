@@ -1,84 +1,39 @@
-"""Files that are whole, folders that are locked, reading ahead."""
+"""Files that are never half written, locked folders, reading ahead."""
 import collections
 import concurrent.futures
 import contextlib
-import errno
-import fcntl
 import itertools
 import os
 import pathlib
 import shutil
 import socket
+import tempfile
 import time
 
 from safetensors import SafetensorError
 
-from lib.run import BadInput, RunFailed, barrier, rank, say
+from lib.run import BadInput, RunFailed, log, rank
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; a second run is not noticed there
+    fcntl = None
 
 UMASK = os.umask(0o077)  # it can only be read by setting it
 os.umask(UMASK)
 
 
-def lock_folder(folder):
-    """Lock a folder for all ranks of this run (which call this alike) and return the open file, to
-    be kept: the system drops the lock when the last of them is gone, however it ends. Raises
-    BadInput, naming host and process, where another run holds it."""
-    folder = pathlib.Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", errors="replace")
-    except OSError as error:
-        raise BadInput(f"--out {folder}: cannot be written to ({error.strerror})") from None
-    if rank() == 0:
-        wait_for_lock(file, folder)
-        file.truncate(0)
-        file.write(f"host {socket.gethostname()}, process {os.getpid()}")
-        file.flush()
-    barrier()
-    with contextlib.suppress(OSError):
-        fcntl.lockf(file, fcntl.LOCK_SH)  # rank 0's becomes shared, so that all can hold it
-    return file
-
-
-def wait_for_lock(file, folder, patience=120):
-    """Lock an open file. A lock held on this host is refused at once; one of another host may be a
-    dead one's, which NFS forgets after about 90 s: it is waited for."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            return fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return say(f"warning: no locks in {folder} ({error}): start no second run there")
-        file.seek(0)
-        owner = file.read(200)
-        here = f"host {socket.gethostname()}," in owner
-        if here or time.monotonic() > deadline:
-            raise BadInput(f"{folder}: another run writes there ({owner}): choose another --out")
-        say(f"{folder} is locked by {owner}, which may have crashed: waiting")
-        time.sleep(min(10, patience))
-
-
-def check_disk(folder, need):
-    """Raises BadInput where the folder's disk has less than `need` bytes left."""
-    place = pathlib.Path(folder).absolute()
-    while not place.is_dir():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if need > free:
-        raise BadInput(f"{folder}: {need / 1e9:.2f} GB of disk needed, {free / 1e9:.2f} GB free")
-
-
 @contextlib.contextmanager
 def atomic(path, keep=None):
-    """Yield a temporary path beside `path`. Once written, it goes safely to disk and replaces
-    `path`: a crash leaves the old file or the new one, never half of one. With `keep`, the old one
-    is moved there first. Raises RunFailed."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".tmp-{path.name[-60:]}")
+    """Yield a temporary path beside `path`, of which no other process knows. Once written, it is
+    flushed to disk and replaces `path`, so a crash leaves the old file or the new one. With `keep`,
+    the old file is moved there first. Raises RunFailed where the file cannot be written."""
+    path, temporary = pathlib.Path(path), None
     try:
-        yield temporary
-        with contextlib.suppress(OSError):  # safetensors writes for the owner alone
+        handle, temporary = tempfile.mkstemp(path.suffix, ".tmp-", path.parent)
+        os.close(handle)
+        yield pathlib.Path(temporary)
+        with contextlib.suppress(OSError):  # mkstemp and safetensors write for the owner alone
             os.chmod(temporary, 0o666 & ~UMASK)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -89,11 +44,12 @@ def atomic(path, keep=None):
     except (OSError, SafetensorError) as error:
         raise RunFailed(f"{path}: cannot be written ({error}); the old one is intact") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            pathlib.Path(temporary).unlink(missing_ok=True)
 
 
 def flush_folder(folder):
-    """New names, too, are safe only once their folder is on disk (where it can be asked to)."""
+    """A renamed file is safe only once its folder is on disk too, where the platform can do it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -102,19 +58,66 @@ def flush_folder(folder):
             os.close(handle)
 
 
+def check_disk(folder, need):
+    """Raises BadInput where the folder's disk has less than `need` bytes left."""
+    folder = pathlib.Path(folder).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if need > free:
+        raise BadInput(f"{folder}: {need / 1e9:.2f} GB of disk needed, {free / 1e9:.2f} GB free")
+
+
+def lock_folder(folder, patience=120, wait_for_host=False):
+    """Make the folder and lock it, on rank 0. Returns the open lock file: the system drops the lock
+    when it is closed or the process ends. Raises BadInput, naming host and process, where another
+    run writes there for longer than `patience` seconds. A run of another host is waited for because
+    NFS forgets a crashed host's locks only after about 90 seconds; one of this host is refused at
+    once, unless wait_for_host is set."""
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", errors="replace")
+    except OSError as error:
+        raise BadInput(f"--out {folder}: cannot be written to ({error.strerror})") from None
+    if rank() or not fcntl:
+        return file
+    deadline, waited_for = time.monotonic() + patience, None
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(200)
+        except OSError as error:
+            log(f"warning: {folder} cannot be locked ({error}): start no second run there")
+            return file
+        refused = f"host {socket.gethostname()}," in owner and not wait_for_host
+        if refused or time.monotonic() > deadline:
+            raise BadInput(f"{folder}: another run writes there ({owner}): choose another --out")
+        if owner != waited_for:
+            log(f"{folder} is locked by {owner}: waiting for up to {patience} s")
+        waited_for = owner
+        time.sleep(2)
+    file.truncate(0)
+    file.write(f"host {socket.gethostname()}, process {os.getpid()}")
+    file.flush()
+    return file
+
+
 def prefetched(read, jobs, threads=4, ahead=8):
-    """Yield read(job) for each job, in order, up to `ahead` of them done beforehand by threads,
-    which are enough: files are read, JPEGs decoded and arrays copied outside Python's lock."""
+    """Yield read(job) for each job, in order. Threads work up to `ahead` jobs in advance; they are
+    enough, because files are read and JPEGs decoded outside Python's interpreter lock."""
     jobs = iter(jobs)
     pool = concurrent.futures.ThreadPoolExecutor(threads)
-    waiting = collections.deque()
+    pending = collections.deque()
     try:
         for job in itertools.islice(jobs, ahead):
-            waiting.append(pool.submit(read, job))
-        while waiting:
-            result = waiting.popleft().result()
+            pending.append(pool.submit(read, job))
+        while pending:
+            result = pending.popleft().result()
             for job in itertools.islice(jobs, 1):
-                waiting.append(pool.submit(read, job))
+                pending.append(pool.submit(read, job))
             yield result
     finally:
         pool.shutdown(cancel_futures=True)

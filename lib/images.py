@@ -1,123 +1,230 @@
-"""Picture files: which ones there are, what a person sees in them, and the demo's drawn digits."""
+"""Image files: reading, cropping and finding them; the demo's digits; grids of images."""
+import collections
+import contextlib
 import io
 import itertools
 import math
 import os
 import pathlib
+import tempfile
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from lib.files import prefetched
-from lib.run import BadInput, barrier, rank, rank_batches
+from lib.run import BadInput, barrier, log, printable, rank, rank_batches, warn
 
-Image.init()  # loads all formats now: threads that open the first images would meet half of them
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]  # none that starts a program
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
-            ".ppm", ".pgm", ".pbm", ".pnm"}
+Image.init()  # registers all formats now; threads opening the first images would see only some
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; above Pillow's 1 MB lie large ICC profiles and texts
+EXTENSIONS = Image.registered_extensions()
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+           if name in EXTENSIONS.values()]  # AVIF depends on how Pillow was built
+SUFFIXES = {suffix for suffix, name in EXTENSIONS.items() if name in FORMATS}
+
+HIDDEN = (".", "@eaDir", "__MACOSX")  # how the names of hidden files and system folders start
+
+TRANSPOSITIONS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+dark_images = []  # the first image that looks like 12-bit data; only this one is warned of
 
 
-def open_image(file) -> Image.Image:
-    """A PIL image in RGB as an image viewer shows it: turned as its EXIF says, transparency on
-    white, 16 bits scaled to 8, the first frame of an animation. Raises all sorts of errors."""
+def open_image(file, name="an image") -> Image.Image:
+    """Read a path or an open binary file as a PIL image in RGB.
+
+    The image is turned as its EXIF orientation says, transparency is laid on white, 16 bits (always
+    0 to 65535) are scaled to 8, and an animation gives its first frame. ICC profiles and all other
+    metadata are ignored, as in ADM's and torchvision's loaders. Raises ValueError for 32-bit
+    integers and floats, whose range is unknown, and errors of many types for damaged files.
+    """
     with Image.open(file, formats=FORMATS) as image:
-        image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # more than 8 bits: up to 65535 (F: 1), or what its maximum is
-        values = np.nan_to_num(np.asarray(image, np.float32))
-        values *= 255 / max(values.max(), 1 if image.mode == "F" else 65535)
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        is_deep = image.mode.startswith("I") or ";16" in str(image.tile)  # grey or colour
+        image.load()
+    transposition = exif_transposition(image)
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        low, high = image.getextrema()
+        kind = "floats" if image.mode == "F" else "signed or 32-bit integers"
+        raise ValueError(f"{kind} from {low:g} to {high:g}, whose black and white points are "
+                         "unknown; convert the image to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image, np.float32) * (255 / 65535)          # (H, W)
+        image = Image.fromarray(values.round().astype(np.uint8))
+    if is_deep and not dark_images and np.asarray(image.convert("RGB")).max() <= 4096 / 256:
+        dark_images.append(name)
+        warn(f"{name}: the values of this 16-bit image are all in the lowest 7% of its range, like "
+             "12-bit data, so it will be dark (only the first such image is named)")
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image.convert("RGBA"))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    return image if transposition is None else image.transpose(transposition)
+
+
+def exif_transposition(image):
+    """The transposition that turns an image upright, or None. (ImageOps.exif_transpose rewrites the
+    whole EXIF block, which fails if any field is malformed.)"""
+    try:
+        return TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # malformed as a whole
+        return None
 
 
 def center_crop(image, size):
-    """ADM's crop: halve with a box filter, bring the short side to `size` with a bicubic one, cut
-    out the middle."""
-    if max(image.size) > 100 * min(image.size):  # the short side may grow, and the long one with it
+    """ADM's crop of a PIL image to size x size: halve it with a box filter while its short side has
+    2 * size pixels or more, bring that side to `size` with a bicubic filter, cut out the middle.
+    Raises ValueError where the long side is more than 100 times the short one."""
+    if max(image.size) > 100 * min(image.size):  # enlarged, its long side might fill the memory
         raise ValueError(f"{image.width}x{image.height}: too oblong")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    wide, high = round(image.width * scale), round(image.height * scale)
-    image = image.resize((wide, high), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def read_picture(path, size=None):
-    """(uint8 (3, H, W), None) of a picture file, cropped where a size is given, or (None, reason)
-    where its bytes are no image. A disk that fails is no reason: that raises OSError."""
+def read_image(path, size=None):
+    """Read an image file, center-cropped to size x size if a size is given. Returns (uint8 (3, H,
+    W), None), or (None, reason) where the content of the file is not a readable image. A failing
+    disk is no reason to leave an image out: OSError is raised, and so is MemoryError."""
     data = pathlib.Path(path).read_bytes()
     try:
-        image = open_image(io.BytesIO(data))
+        image = open_image(io.BytesIO(data), path)
         image = center_crop(image, size) if size else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's errors for broken files are of every kind
-        return None, f"{type(error).__name__}: {error}"
+    except UnidentifiedImageError:
+        return None, f"not an intact {'/'.join(FORMATS)} file: it starts with {data[:12]!r}"
+    except Exception as error:  # Pillow raises errors of every type for damaged files
+        return None, printable(f"{type(error).__name__}: {error}")
 
 
-def picture_files(folder) -> list[pathlib.Path]:
-    """The picture files below a folder, sorted; hidden ones are left out."""
-    found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [pathlib.Path(place, name) for name in files
-                  if not name.startswith(".") and pathlib.Path(name).suffix.lower() in SUFFIXES]
-    return sorted(found)
+# -------------------------------------------------------------------------------------------------
+# Finding images
+
+def visible(folder):
+    """The entries of a folder that are not hidden, sorted by name. Raises BadInput."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(HIDDEN)]
+    except OSError as error:
+        raise BadInput(f"{folder}: no such folder, or not readable ({error.strerror})") from None
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def image_files(folder, above=frozenset()):
+    """Find the image files in a folder and its subfolders, following links, but not back to one of
+    the folders `above` (resolved paths). Hidden files and folders are ignored.
+
+    Returns (sorted paths, Counter of what was not taken, by suffix). Raises BadInput for a folder
+    that cannot be read.
+    """
+    images, not_taken = [], collections.Counter()
+    place = pathlib.Path(folder).resolve()
+    if place in above:
+        not_taken[f"{os.path.basename(folder)}/ (a link to a folder above it)"] += 1
+        return images, not_taken
+    for entry in visible(folder):
+        path = pathlib.Path(entry.path)
+        if entry.is_dir():
+            found, others = image_files(path, {place, *place.parents, *above})
+            images += found
+            not_taken += others
+        elif entry.is_file() and path.suffix.lower() in SUFFIXES:
+            images.append(path)
+        else:
+            not_taken[path.suffix.lower() or "without a suffix"] += 1
+    return images, not_taken
+
+
+def describe(not_taken):
+    """Put image_files' Counter into words: "40 .heic, 7 .xcf"."""
+    kinds = [f"{count:,} {kind}" for kind, count in not_taken.most_common()]
+    if len(kinds) > 10:
+        kinds[10:] = ["..."]
+    return printable(", ".join(kinds) or "nothing")
 
 
 def list_images(folder):
-    """(class names, [(path relative to folder, label)]), both sorted: FOLDER/<class>/ as
-    torchvision's ImageFolder has it, images also deeper inside. Raises BadInput where a class or
-    everything is empty."""
-    folder, items = pathlib.Path(folder), []
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; expected one with a folder of images per class")
-    classes = sorted(path.name for path in folder.iterdir()
-                     if path.is_dir() and not path.name.startswith("."))
+    """List the images in FOLDER/<class>/ and, like torchvision's ImageFolder, its subfolders.
+
+    Returns (class names, [(path relative to FOLDER, as "class/name.jpg", label)]), both sorted, and
+    logs how many images each class has and what was not taken. Raises BadInput where a folder
+    cannot be read, where there are no class folders, or where one holds no images.
+    """
+    root = pathlib.Path(folder).resolve()
+    classes, items, counts, nested = [], [], [], []
+    not_taken = collections.Counter()
+    for entry in visible(folder):
+        path = pathlib.Path(entry.path)
+        if not entry.is_dir():
+            not_taken[f"{path.suffix.lower() or path.name} outside the class folders"] += 1
+            continue
+        images, others = image_files(path, {root, *root.parents})
+        if not images:
+            raise BadInput(f"{path}: a class folder without images of a known format; it holds "
+                           f"{describe(others)}")
+        names = sorted(image.relative_to(folder).as_posix() for image in images)
+        items += [(name, len(classes)) for name in names]
+        classes.append(path.name)
+        counts.append(f"{path.name} ({len(images):,})")
+        not_taken += others
+        subfolders = {image.parent for image in images}
+        if len(subfolders) > 1 and path not in subfolders:
+            nested.append(path)
     if not classes:
-        raise BadInput(f"{folder}: no class folders in it; expected {folder}/<class>/*.jpg "
-                       "(one class is enough)")
-    for label, name in enumerate(classes):
-        found = [path.relative_to(folder).as_posix() for path in picture_files(folder / name)]
-        if not found:
-            raise BadInput(f"{folder / name}: a class folder without images: remove it")
-        items += [(path, label) for path in sorted(found)]
+        raise BadInput(f"{folder}: no class folders in it but {describe(not_taken)}; expected "
+                       f"{folder}/<class>/*.jpg (one class is enough)")
+
+    if len(counts) > 12:
+        counts[6:-3] = ["..."]
+    log(printable(f"{len(items):,} images of {len(classes):,} classes: {', '.join(counts)}"))
+    if not_taken:
+        log(f"not taken: {describe(not_taken)}")
+    if nested and rank() == 0:
+        warn(f"{len(nested):,} of {len(classes):,} classes hold images only in several subfolders; "
+             f"if those of {nested[0]} are the classes, give that folder instead")
     return classes, items
 
 
 def evenly(path, count, n):
-    """The indices of n (None: all) of `count` images, evenly spread."""
+    """Indices of n of `count` images (None: of all), evenly spread, since the first n would be of
+    few classes. Raises BadInput, which names `path`, for fewer than n images, or than 2."""
     n = n or count
     if not 2 <= n <= count:
         raise BadInput(f"{path}: {count} images found, {max(n, 2)} needed")
-    return [i * count // n for i in range(n)]  # the first n would be of few classes
+    return [i * count // n for i in range(n)]
 
 
 def batched(images, batches):
-    for indices in batches:  # images: a stream, in the order of the indices
+    """Yield (indices, images (B, 3, H, W)) for each of `batches`, which are ranges of indices.
+    images: an iterator over single images (3, H, W) in the same order."""
+    for indices in batches:
         yield indices, torch.stack(list(itertools.islice(images, len(indices))))
 
 
 def folder_images(folder, size, n, batch):
-    """All images below a folder, center-cropped to `size` where given; else all of one size. n: how
-    many, None for all. Returns (how many, "WIDTHxHEIGHT", this rank's batches of (indices, uint8
-    images (B, 3, H, W))). Raises BadInput."""
-    paths = picture_files(folder)
-    paths = [paths[i] for i in evenly(folder, len(paths), n)]
+    """Read n of the images in a folder and its subfolders, evenly spread (None: all of them),
+    center-cropped to size x size. Without a size, all must have the same one.
 
-    shape = None  # of the first, which all must have
+    Returns (number of images, "WIDTHxHEIGHT", an iterator over this rank's batches, which are
+    (indices, uint8 images (B, 3, H, W))). Raises BadInput for whatever cannot be read.
+    """
+    paths, not_taken = image_files(folder)
+    if not_taken:
+        log(f"not taken: {describe(not_taken)}")
+    paths = [paths[i] for i in evenly(folder, len(paths), n)]
+    shape = None  # that of the first image, once it is read
 
     def read(i):
-        image, reason = read_picture(paths[i], size)
+        image, reason = read_image(paths[i], size)
         if image is None:
             raise BadInput(f"{paths[i]}: cannot be read as an image ({reason})")
-        if image.shape != (shape or image.shape):
+        if shape not in (None, image.shape):
             raise BadInput(f"{paths[i]}: not of the size of {paths[0]}: crop all with --size")
         return image                                                    # (3, H, W)
 
@@ -127,43 +234,51 @@ def folder_images(folder, size, n, batch):
     return len(paths), f"{shape[2]}x{shape[1]}", batched(images, batches)
 
 
+# -------------------------------------------------------------------------------------------------
+# Drawing images
+
 def draw_digits(folder, per_class, seed=0, size=32):
-    """Write `per_class` pictures of each digit into FOLDER/<digit>/, size x size, RGB: bold, white
-    on black, turned by up to 12 degrees and shifted a little; which ones is a function of `seed`. A
-    very small network can learn them within minutes. A folder that is there is left alone. Returns
-    it. To be called by all ranks alike."""
+    """Write `per_class` RGB images of size x size pixels of each digit into FOLDER/<digit>/.
+
+    The digits are bold, white on black, turned by up to 12 degrees and shifted a little, all as a
+    function of `seed`; a very small network can learn them within minutes. An existing folder is
+    left alone. To be called by all ranks. Returns the folder.
+    """
     folder = pathlib.Path(folder)
     if rank() == 0 and not folder.exists():
-        write_digits(folder, per_class, seed, size)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".digits-", dir=folder.parent) as scratch:
+            unfinished = pathlib.Path(scratch) / folder.name
+            write_digits(unfinished, per_class, seed, size)
+            with contextlib.suppress(OSError):  # another process was faster: use its digits
+                os.rename(unfinished, folder)
     barrier()
     return folder
 
 
 def write_digits(folder, per_class, seed, size):
-    canvas = 96  # drawn large, then brought down, so that edges are smooth
+    canvas = 96  # drawn large and then reduced, for smooth edges
     font, random = ImageFont.load_default(72), np.random.default_rng(seed)
-    unfinished = folder.with_name(f"{folder.name}.part")  # renamed once whole
     for digit in range(10):
-        (unfinished / str(digit)).mkdir(parents=True, exist_ok=True)
+        (folder / str(digit)).mkdir(parents=True)
         upright = Image.new("L", (canvas, canvas))
         ImageDraw.Draw(upright).text((canvas / 2, canvas / 2), str(digit), 255, font, "mm",
                                      stroke_width=4, stroke_fill=255)
         for i in range(per_class):
             angle, dx, dy = random.uniform((-12, -4, -4), (12, 4, 4))
             turned = upright.rotate(angle, Image.Resampling.BICUBIC, translate=(dx, dy))
-            picture = turned.resize((size, size), Image.Resampling.BOX).convert("RGB")
-            picture.save(unfinished / str(digit) / f"{i:05d}.png", compress_level=1)
-    os.replace(unfinished, folder)
+            image = turned.resize((size, size), Image.Resampling.BOX).convert("RGB")
+            image.save(folder / str(digit) / f"{i:05d}.png", compress_level=1)
 
 
-def picture_grid(images, columns, captions=(), title=""):
-    """uint8 images (N, 3, H, W) as one Pillow image, row by row, with a caption over each column
-    and a line on top."""
-    zoom = max(1, 96 // images.shape[-1])  # 32-pixel images are shown larger
+def image_grid(images, columns, captions=(), title=""):
+    """Lay out uint8 images (N, 3, H, W) row by row in one PIL image, with a title and, above each
+    column, a caption (cut to its width)."""
+    zoom = max(1, 96 // images.shape[-1])  # small images are enlarged
     tiles = images.permute(0, 2, 3, 1).cpu().numpy().repeat(zoom, 1).repeat(zoom, 2)
-    side, gap, head = tiles.shape[1], 4, 40
+    side, gap, header = tiles.shape[1], 4, 40  # pixels
     width = gap + columns * (side + gap)
-    height = head + math.ceil(len(tiles) / columns) * (side + gap)
+    height = header + math.ceil(len(tiles) / columns) * (side + gap)
     grid = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
     draw.text((gap, 3), title, "black", font)
@@ -173,6 +288,6 @@ def picture_grid(images, columns, captions=(), title=""):
         draw.text((gap + column * (side + gap), 21), caption, "dimgray", font)
     for i, tile in enumerate(tiles):
         row, column = divmod(i, columns)
-        place = gap + column * (side + gap), head + row * (side + gap)
-        grid.paste(Image.fromarray(tile), place)
+        left, top = gap + column * (side + gap), header + row * (side + gap)
+        grid.paste(Image.fromarray(tile), (left, top))
     return grid

@@ -1,7 +1,9 @@
-"""The Inception network behind FID and Inception Score, as TensorFlow published it on 2015-12-05,
-modules named as in the published weight file. Its quirks (TensorFlow 1's resize, average pools
-that leave the padding out, a max pool in the last block) move FID by more than methods differ.
-All follow torch-fidelity, which the paper used."""
+"""The Inception network behind FID and Inception Score, as TensorFlow published it on 2015-12-05.
+
+Modules are named as in the published weight file. The network's quirks (TensorFlow 1's resize,
+average pools that leave out the padding, a max pool in the last block) change FID by more than
+methods differ. They all follow torch-fidelity, which the paper used.
+"""
 import pathlib
 
 import torch
@@ -16,8 +18,8 @@ URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
 
 
 class Conv(nn.Module):
-    """Convolution, BatchNorm with its stored statistics, ReLU. Odd kernels keep the image's size,
-    unless padding is 0."""
+    """Convolution, BatchNorm with its stored statistics, ReLU. By default the padding keeps the
+    image's size at stride 1."""
 
     def __init__(self, channels, out, height, width=None, stride=1, padding=None):
         super().__init__()
@@ -27,63 +29,56 @@ class Conv(nn.Module):
         self.bn = nn.BatchNorm2d(out, eps=0.001)
 
     def forward(self, x):
-        # (w * x - mean) * scale + shift  =  (w scale) * x + (shift - mean scale): one pass, not two
+        # (w * x - mean) scale + shift = (w scale) * x + (shift - mean scale), so BatchNorm needs no
+        # pass of its own.
         scale = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
         weight = self.conv.weight * scale.view(-1, 1, 1, 1)
         bias = self.bn.bias - self.bn.running_mean * scale
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         x = F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding)
         return F.relu(x, inplace=True)
 
 
-def halved(channels, out):
+def halving_conv(channels, out):
     return Conv(channels, out, 3, stride=2, padding=0)
 
 
 class Mixed(nn.Module):
-    """Branches side by side, concatenated: chains of convolutions, and a pool with one more or
-    none. A pair of convolutions in a chain is a fork, whose outputs are concatenated."""
+    """Parallel branches whose outputs are concatenated: chains of convolutions, and a pool that is
+    followed by a convolution or by none. A tuple of two convolutions in a chain is a fork: both see
+    the same input, and their outputs are concatenated."""
 
     def __init__(self, pool, branch_pool=None, **branches):
         super().__init__()
-        self.pool, self.branch_pool, self.chains = pool, branch_pool, list(branches.values())
+        self.pool, self.branch_pool = pool, branch_pool or nn.Identity()
+        self.chains = list(branches.values())
         for name, chain in branches.items():
             for i, step in enumerate(chain, 1):
-                place = f"{name}_{i}" if len(chain) > 1 else name
+                step_name = f"{name}_{i}" if len(chain) > 1 else name
                 if isinstance(step, tuple):
-                    self.add_module(place + "a", step[0])
-                    self.add_module(place + "b", step[1])
+                    self.add_module(step_name + "a", step[0])
+                    self.add_module(step_name + "b", step[1])
                 else:
-                    self.add_module(place, step)
+                    self.add_module(step_name, step)
 
     def forward(self, x):
         outputs = []
         for chain in self.chains:
             y = x
             for step in chain:
-                fork = isinstance(step, tuple)
-                y = torch.cat([step[0](y), step[1](y)], 1) if fork else step(y)
+                is_fork = isinstance(step, tuple)
+                y = torch.cat([step[0](y), step[1](y)], 1) if is_fork else step(y)
             outputs.append(y)
-        pooled = self.pool(x)
-        outputs.append(self.branch_pool(pooled) if self.branch_pool else pooled)
-        return torch.cat(outputs, 1)
+        return torch.cat([*outputs, self.branch_pool(self.pool(x))], 1)
 
 
-def average(x):
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def largest(x):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def halving(x):
-    return F.max_pool2d(x, 3, stride=2)
+AVERAGE_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
+HALVING_POOL = nn.MaxPool2d(3, stride=2)
 
 
 def mixed_a(channels, pool):
     return Mixed(
-        average, Conv(channels, pool, 1),
+        AVERAGE_POOL, Conv(channels, pool, 1),
         branch1x1=[Conv(channels, 64, 1)],
         branch5x5=[Conv(channels, 48, 1), Conv(48, 64, 5)],
         branch3x3dbl=[Conv(channels, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)])
@@ -91,14 +86,14 @@ def mixed_a(channels, pool):
 
 def mixed_b():
     return Mixed(
-        halving,
-        branch3x3=[halved(288, 384)],
-        branch3x3dbl=[Conv(288, 64, 1), Conv(64, 96, 3), halved(96, 96)])
+        HALVING_POOL,
+        branch3x3=[halving_conv(288, 384)],
+        branch3x3dbl=[Conv(288, 64, 1), Conv(64, 96, 3), halving_conv(96, 96)])
 
 
 def mixed_c(n):
     return Mixed(
-        average, Conv(768, 192, 1),
+        AVERAGE_POOL, Conv(768, 192, 1),
         branch1x1=[Conv(768, 192, 1)],
         branch7x7=[Conv(768, n, 1), Conv(n, n, 1, 7), Conv(n, 192, 7, 1)],
         branch7x7dbl=[Conv(768, n, 1), Conv(n, n, 7, 1), Conv(n, n, 1, 7), Conv(n, n, 7, 1),
@@ -107,10 +102,10 @@ def mixed_c(n):
 
 def mixed_d():
     return Mixed(
-        halving,
-        branch3x3=[Conv(768, 192, 1), halved(192, 320)],
+        HALVING_POOL,
+        branch3x3=[Conv(768, 192, 1), halving_conv(192, 320)],
         branch7x7x3=[Conv(768, 192, 1), Conv(192, 192, 1, 7), Conv(192, 192, 7, 1),
-                     halved(192, 192)])
+                     halving_conv(192, 192)])
 
 
 def mixed_e(channels, pool):
@@ -123,14 +118,12 @@ def mixed_e(channels, pool):
 
 
 class Inception(nn.Module):
-    """forward(images uint8 (B, 3, H, W), any size) -> features (B, 2048), logits without the bias
-    (B, 1008), both fp32. FIDs that compare with others are of fp32, which is the default. A study
-    of its own may set `precision` to bf16, thrice as fast on CPUs that have it in hardware."""
-    precision = torch.float32
+    """forward(uint8 images (B, 3, H, W), any size) -> (features (B, 2048), logits (B, 1008)). Both
+    are fp32, and the logits leave out the last layer's bias, as the Inception Score wants it."""
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = halved(3, 32)
+        self.Conv2d_1a_3x3 = halving_conv(3, 32)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
@@ -144,20 +137,20 @@ class Inception(nn.Module):
         self.Mixed_6d = mixed_c(160)
         self.Mixed_6e = mixed_c(192)
         self.Mixed_7a = mixed_d()
-        self.Mixed_7b = mixed_e(1280, average)
-        self.Mixed_7c = mixed_e(2048, largest)  # the only block with a max pool
+        self.Mixed_7b = mixed_e(1280, AVERAGE_POOL)
+        self.Mixed_7c = mixed_e(2048, MAX_POOL)  # the only block with a max pool
         self.fc = nn.Linear(FEATURES, CLASSES)
 
     @torch.inference_mode()
     def forward(self, images):
-        if images.device.type == "cpu" and len(images) > 16:  # a tenth faster: caches are small
+        if images.device.type == "cpu" and len(images) > 16:  # a tenth faster, by fitting caches
             parts = [self(part) for part in images.split(16)]
             return tuple(map(torch.cat, zip(*parts)))
-        # fp32 is fp32, whatever the surrounding program has chosen: no autocast, no TF32.
-        full = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with full, torch.autocast(images.device.type, enabled=False):
+        # Reduced precision shifts FID, so neither autocast nor TF32, whatever the caller has set.
+        no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with no_tf32, torch.autocast(images.device.type, enabled=False):
             x = (resize(images.float(), 299) - 128) / 128                   # (B, 3, 299, 299)
-            x = x.to(self.precision, memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=torch.channels_last)
             x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))
             x = F.max_pool2d(self.Conv2d_2b_3x3(x), 3, 2)                   # (B, 64, 73, 73)
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -166,32 +159,31 @@ class Inception(nn.Module):
             x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))              # (B, 768, 17, 17)
             x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))              # (B, 1280, 8, 8)
             x = self.Mixed_7c(self.Mixed_7b(x))                             # (B, 2048, 8, 8)
-            features = x.float().mean((2, 3))                               # (B, 2048)
+            features = x.mean((2, 3))                                       # (B, 2048)
             return features, F.linear(features, self.fc.weight)
 
 
 def resize(x, size):
-    """Bilinear as in TensorFlow 1: output pixel i samples the input at i * (in/out), without the
+    """Bilinear resize as in TensorFlow 1: output pixel i samples the input at i * (in/out), without
     half-pixel shift and without anti-aliasing. x: float (B, C, H, W) -> (B, C, size, size)."""
     for dim in (3, 2):
         count = x.shape[dim]
-        place = torch.arange(size, device=x.device, dtype=torch.float32) * (count / size)
-        low = place.long()
-        share = (place - low).view(-1, *[1] * (3 - dim))
+        source = torch.arange(size, device=x.device, dtype=torch.float32) * (count / size)
+        low = source.long()
+        fraction = (source - low).view(-1, *[1] * (3 - dim))
         a = x.index_select(dim, low)
         b = x.index_select(dim, (low + 1).clamp(max=count - 1))
-        x = a + (b - a) * share
+        x = a + (b - a) * fraction
     return x
 
 
-def load_inception(path=None, device="cpu"):
-    """Inception in eval mode, with the weights in `path`, or in torch hub's cache (torch-fidelity's
-    file or pytorch-fid's), or downloaded into it, the hash checked. Raises BadInput."""
+def load_inception(path=None, device="cpu") -> Inception:
+    """Inception in eval mode. path: its weights, by default torch-fidelity's file in torch
+    hub's cache, or else a download into it, whose hash is checked. Raises BadInput."""
     inception = Inception()
     if path is None:
         cache = pathlib.Path(torch.hub.get_dir(), "checkpoints")
-        ours, other = cache / URL.split("/")[-1], cache / "pt_inception-2015-12-05-6726825d.pth"
-        path = other if other.exists() and not ours.exists() else ours
+        path = cache / URL.split("/")[-1]
         try:
             if not path.exists():
                 cache.mkdir(parents=True, exist_ok=True)
@@ -201,9 +193,9 @@ def load_inception(path=None, device="cpu"):
                            f"{cache}, or give --inception FILE") from None
     try:
         inception.load_state_dict(torch.load(path, "cpu", weights_only=True))
-    except Exception as error:  # a damaged or unsafe pickle fails in any way it likes
-        known = isinstance(error, (OSError, RuntimeError))
-        reason = str(error)[:150] if known else type(error).__name__
+    except Exception as error:  # a damaged or unsafe pickle raises errors of many kinds
+        readable = isinstance(error, (OSError, RuntimeError))
+        reason = str(error)[:150] if readable else type(error).__name__
         raise BadInput(f"{path}: not Inception's weights, as in {URL} ({reason})") from None
     inception = inception.eval().requires_grad_(False)
     return inception.to(device, memory_format=torch.channels_last)

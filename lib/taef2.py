@@ -1,10 +1,10 @@
-"""TAEF2, a tiny codec that speaks FLUX.2's latents: the example of a codec of one's own.
+"""TAEF2, a tiny codec for FLUX.2's latents. It also serves as the example of a codec of your own.
 
     image (B, 3, H, W) in [0, 1]  --encoder-->  (B, 32, H/8, W/8)  --decoder-->  image
 
 Plain 3x3 convolutions of width 64, distilled from FLUX.2's VAE and published as madebyollin/taef2
 (MIT licence). Both halves are Sequentials whose indices are the key names in the published files.
-It was made for normalised latents, so nothing but the space-to-depth follows it.
+It was trained on normalised latents, so only the space-to-depth remains to be done.
 """
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ def conv(n_in, n_out, size=3, **options):
 
 
 class Block(nn.Module):
-    """ReLU(x + three convolutions of x). At the coarsest level a wide 1x1 detour ("pool") is added
-    first."""
+    """ReLU(x + three convolutions of x). At the coarsest level a wide branch of 1x1 convolutions
+    ("pool") is added to x first."""
 
     def __init__(self, pool=False):
         super().__init__()
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 class Clamp(nn.Module):
     def forward(self, z):
-        return 3 * torch.tanh(z / 3)  # a soft limit on what a generator may hand over
+        return 3 * torch.tanh(z / 3)  # a soft limit on generated latents
 
 
 def down(pool=False):

@@ -1,26 +1,30 @@
 """What the tests of this folder share."""
-import contextlib
-import resource
+import json
+import multiprocessing
+import os
 import shutil
 import signal
+import socket
+import sys
 
 import numpy as np
 import pytest
 
 import fid
-import lib.judges
 import train
 from lib.checkpoint import export_tensors, save_checkpoint
-from lib.npz import write_statistics
-from test_all import SmallInception, awake, flags, small_cache, tiny_net
+from lib.run import STOP_SIGNALS
+from test_all import ROOT, SmallInception, awake, flags, small_cache, tiny_net
+
+# Where other processes that tests start find the programs and this file.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 @pytest.fixture(autouse=True)
 def offline_and_with_its_own_signals(monkeypatch):
     """No test asks the network, and no program's handlers outlive their test."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = {number: signal.getsignal(number) for number in (
-        signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     yield
     for number, handler in before.items():
@@ -29,19 +33,20 @@ def offline_and_with_its_own_signals(monkeypatch):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(main, argv, *words, code=2): that exit code and one line, which holds the words."""
+    """refused(main, argv, *words, code=2): that exit code and one error line with these words."""
     def check(main, argv, *words, code=2):
         capsys.readouterr()
         assert main([str(part) for part in argv]) == code
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1, error
-        assert all(word in error for word in words), error
+        lines = capsys.readouterr().err.splitlines()
+        errors = [line for line in lines if not line.startswith("warning: ")]
+        assert len(errors) == 1 and errors[0].startswith("error: "), lines
+        assert all(word in errors[0] for word in words), errors
     return check
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """(cache, folder of a run of 6 steps, saved at 2, 4 and 6)."""
+    """(cache, folder of a run of 6 steps, saved at 2, 4 and 6). Not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
     cache = small_cache(folder)
     assert train.main(flags(cache, folder / "run")) == 0
@@ -50,18 +55,8 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
+    """A copy of the finished run, for a test to change."""
     return shutil.copytree(finished[1], tmp_path / "run")
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """A disk on which no file grows over so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def save_tiny(path, **settings):
@@ -72,7 +67,7 @@ def save_tiny(path, **settings):
         target="x", loss="v", P_mean=-0.8, P_std=0.8, t_eps=0.05, label_drop=0.1, input_size=8,
         step=100, ema=[0.9, 0.9], vae={"kind": "pixels", "id": "pixels"}, vae_path=None, size=8,
         class_names=list("abcde"), cfg=1.5, interval=[0.1, 1.0])
-    save_checkpoint(path, tensors | export_tensors(nets), usual | settings)
+    save_checkpoint(path, tensors | export_tensors(nets[1:]), usual | settings)
     return nets
 
 
@@ -80,8 +75,7 @@ def use_small_inception(setattr):
     """fid.py, and what uses it, with the small network. setattr: monkeypatch's or Python's."""
     network = SmallInception()
     setattr(fid, "FEATURES", 16)
-    setattr(fid.Statistics.__init__, "__defaults__", ("cpu", 16, 1008))
-    setattr(lib.judges, "load_inception", lambda path, device: network)
+    setattr(fid, "load_inception", lambda path, device: network)
 
 
 @pytest.fixture
@@ -90,5 +84,38 @@ def small_inception(monkeypatch):
 
 
 def small_reference(path, **about):
-    write_statistics(path, np.arange(16.0), np.diag(np.arange(16.0)), **about)
+    mu = np.arange(16.0)
+    np.savez(path, mu=mu, sigma=np.diag(mu), meta=json.dumps(about))
     return path
+
+
+def start(work, *args, ranks=1):
+    """Start work(*args) in as many processes as there are ranks; its result is the exit code. They
+    are forks of a process that has imported everything already, so they begin within moments."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    places = [{"RANK": str(k), "WORLD_SIZE": str(ranks)} for k in range(ranks)]
+    processes = [context.Process(target=as_rank, args=(place | address, work, args))
+                 for place in places]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def as_rank(environment, work, args):
+    os.environ.update(environment)
+    code = work(*args)
+    sys.stdout.flush()
+    os._exit(code or 0)  # without what pytest's process would do at its end
+
+
+def finish(processes):
+    """Wait for processes and return their exit codes, -9 for those that had to be killed."""
+    for process in processes:
+        process.join(120)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]

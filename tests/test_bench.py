@@ -1,4 +1,5 @@
-"""What in bench/ has a closed form, and the tables and logs that it reads."""
+"""What bench/ computes, against closed forms and against draws from Gaussians."""
+import argparse
 import io
 import tarfile
 
@@ -6,113 +7,175 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from bench import cifar10, geometry, room, spectrum, strip
-from model import TARGETS, Denoiser, slope
+from bench import cifar10, figures, geometry, solvers, spectrum, speed, toy
+from model import JLT, SIZES, TARGETS, Denoiser, coefficients, slope
+from train import main as train_main
 
-VARIANCES = torch.tensor([5.0, 1.0, 0.1, 0.0], dtype=torch.float64)
+EIGENVALUES = torch.tensor([5.0, 1.0, 0.1, 0.0], dtype=torch.float64)
 
 
-def drawn(n, t):
-    """x of those variances, e of variance 1, and z: each (n, 4)."""
+@pytest.fixture(params=["x", "eps", "v", "family"])
+def target(request, monkeypatch):
+    monkeypatch.setitem(TARGETS, "family", spectrum.family(0.3))
+    return request.param
+
+
+def draws(n, t):
+    """x with these EIGENVALUES, e and z, each (n, 4)."""
     generator = torch.Generator().manual_seed(0)
     x, e = torch.randn(2, n, 4, dtype=torch.float64, generator=generator)
-    x = x * VARIANCES.sqrt()
+    x = x * EIGENVALUES.sqrt()
     return x, e, t * x + (1 - t) * e
 
 
 @pytest.mark.parametrize("t", [0.1, 0.3, 0.8])
-def test_what_a_gaussian_asks_of_each_target_agrees_with_draws(t):
-    x, e, z = drawn(400_000, t)
-    for target, row in spectrum.asks(VARIANCES, t).items():
-        a, b = TARGETS[target]
-        values, power = a * x + b * e, (z * z).mean(0)
-        coefficient, told = (values * z).mean(0) / power, b * (e * z).mean(0) / power * z
-        found = {"variance": values.var(0), "coefficient": coefficient, "carried": told.var(0),
-                 "ambiguity": (values - coefficient * z).var(0),
-                 "noise": (b * e).var(0) / values.var(0).clamp(min=1e-9)}
-        for name, wanted in row.items():
-            torch.testing.assert_close(found[name], wanted, rtol=0.02, atol=5e-3)
+def test_the_best_prediction_of_gaussian_draws(target, t):
+    (x, e, z), (a, b) = draws(400_000, t), coefficients(target, t)
+    values = a * x + b * e
+    coefficient = (values * z).mean(0) / (z * z).mean(0)
+    measured = {"variance": values.var(0), "coefficient": coefficient,
+                "asked": (coefficient * z).var(0), "ambiguity": (values - coefficient * z).var(0)}
+    measured["asked in v"] = measured["asked"] / slope(target, t) ** 2
+    for name, theory in spectrum.best_prediction(target, EIGENVALUES, t).items():
+        torch.testing.assert_close(measured[name], theory, rtol=0.03, atol=5e-3)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.3, 0.8])
+def test_the_mean_eigenvalue_asks_least_of_its_family(t):
+    def asked(target):
+        return spectrum.best_prediction(target, EIGENVALUES, t)["asked in v"].sum().item()
+    sums = {k: asked(spectrum.family(k)) for k in np.linspace(0, 3, 301)}
+    k, least = spectrum.best_k(EIGENVALUES, t)
+    assert k == pytest.approx(EIGENVALUES.mean().item())
+    assert k == pytest.approx(min(sums, key=sums.get), abs=0.01)
+    assert least == pytest.approx(min(sums.values()), rel=1e-3)
+    assert sums[0] == pytest.approx(asked("x")) and least < min(asked("x"), asked("v"))
 
 
 @pytest.mark.parametrize("width", [1, 3, 5])
-def test_a_squeezed_prediction_is_reduced_rank_regression(width):
-    """Of draws: regress on z, keep as many directions of the fitted values as may pass."""
-    (x, e, z), t = drawn(400_000, 0.3), 0.3
-    for target, found in spectrum.squeezed(VARIANCES, t, width).items():
-        a, b = TARGETS[target]
-        fitted = z @ torch.linalg.lstsq(z, a * x + b * e).solution
-        kept = torch.linalg.eigh(fitted.T @ fitted)[1][:, -width:]
-        error = (a * x + b * e - fitted @ kept @ kept.T) / slope(target, t)
-        assert found == pytest.approx(error.square().mean().item(), rel=0.01)
+def test_the_linear_error_is_that_of_reduced_rank_regression(target, width):
+    """On draws: regress on z, then keep `width` directions of the fitted values."""
+    (x, e, z), t = draws(400_000, 0.3), 0.3
+    a, b = coefficients(target, t)
+    fitted = z @ torch.linalg.lstsq(z, a * x + b * e).solution
+    kept = torch.linalg.eigh(fitted.T @ fitted)[1][:, -width:]
+    error = (a * x + b * e - fitted @ kept @ kept.T) / slope(target, t)
+    theory, = spectrum.linear_error(target, EIGENVALUES, width, [t], [t])
+    assert theory == pytest.approx(error.square().mean().item(), rel=0.01)
 
 
-class Data(list):
+def test_linear_predictions_have_a_gap_only_where_numbers_do_not_fit():
+    def error(target, width):
+        return sum(spectrum.linear_error(target, EIGENVALUES, width, spectrum.TIMES))
+    assert error("v", 4) == pytest.approx(error("x", 4))
+    assert error("x", 3) == pytest.approx(error("x", 4))  # the data fits, the noise does not
+    assert error("v", 3) > 1.01 * error("x", 3)
+
+
+class Gaussian(list):
     """600 latents of 4 x 4 independent tokens, in place of a cache."""
-    shape, tokens = (4, 4, 4), drawn(600 * 16, 0.0)[0]
+    shape, tokens = (4, 4, 4), draws(600 * 16, 0.0)[0]
 
-    def batch(self, rows):
+    def batch(self, indices):
         latents = self.tokens.view(600, 4, 4, 4).permute(0, 3, 1, 2).float()
-        return latents[torch.as_tensor(rows)], torch.zeros(len(rows), dtype=torch.int64)
+        return latents[torch.as_tensor(indices)], torch.zeros(len(indices), dtype=torch.int64)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_geometry_finds_the_best_network_on_the_line(target):
-    covariance = spectrum.token_statistics(Data(range(600)), 1, 10_000)[1]
-    torch.testing.assert_close(covariance, Data.tokens.T.cov(correction=0))
-    row, every = spectrum.asks(VARIANCES, 0.3), torch.eye(4, dtype=torch.float64)
+def test_geometry_measures_the_best_network_on_the_lines(target):
+    data = Gaussian(range(600))
+    covariance = spectrum.token_statistics(data, 1, 10_000)[1]
+    torch.testing.assert_close(covariance, data.tokens.T.cov(correction=0))
+    theory = geometry.theory(EIGENVALUES, 0.3)[target]
 
     class Best(torch.nn.Linear):
         patch_size = 1
 
         def forward(self, z, t, y):
-            return row[target]["coefficient"].float()[:, None, None] * z
-    found = geometry.measure(Denoiser(Best(1, 1), target), Data(range(600)), every, 0.3, 600)
-    wanted = {"coefficient": row[target]["coefficient"], "own": row[target]["ambiguity"],
-              "v": row["v"]["ambiguity"]}
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=0.06, atol=1e-5)
+            return theory["coefficient"].float()[:, None, None] * z
+    measured = geometry.measure(
+        Denoiser(Best(1, 1), target), data, torch.eye(4, dtype=torch.float64), 0.3, 600)
+    for name, values in measured.items():
+        torch.testing.assert_close(values, theory[name], rtol=0.06, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_prediction_on_the_way_is_of_the_clean_latent_whatever_the_target(target):
-    """Of a network that knows the one image there is."""
-    image, (a, b) = torch.arange(64.0).view(1, 4, 4, 4) / 64, TARGETS[target]
+class Knows(torch.nn.Linear):
+    """A network that knows the only image there is, and predicts the row (a, b) of it."""
+    in_channels = input_size = num_classes = 4
+    image = torch.arange(64.0).view(1, 4, 4, 4) / 64
 
-    class Knows(torch.nn.Linear):
-        in_channels = input_size = num_classes = 4
-
-        def forward(self, z, t, y):
-            t = t[:, None, None, None].clamp(max=0.95)  # the floor: e = (z - t x) / (1-t)
-            return a * image + b * (z - t * image) / (1 - t)
-    found = strip.predictions(Denoiser(Knows(1, 1), target, t_eps=0.02), 2, [0], 1.0)
-    assert len(found) == 11
-    for clean in found[1:10]:
-        torch.testing.assert_close(clean, image.expand(2, -1, -1, -1), rtol=0, atol=1e-4)
+    def forward(self, z, t, y):
+        t = t[:, None, None, None].clamp(max=0.95)
+        a, b = coefficients(self.target, t)
+        return a * self.image + b * (z - t * self.image) / (1 - t)
 
 
-def test_theory_of_room_sees_no_gap_where_all_numbers_pass():
-    x, v = room.theory(VARIANCES, 4)
-    assert v == pytest.approx(x)
-    x, v = room.theory(VARIANCES, 3)  # room for all that varies, not for all noise
-    assert x == pytest.approx(room.theory(VARIANCES, 4)[0]) and v > 1.01 * x
+def test_the_path_shows_the_clean_latent_whatever_the_target(target):
+    net = Knows(1, 1)
+    net.target = target
+    args = argparse.Namespace(columns=2, cfg=1.0, seed=0)
+    latents = figures.predicted_latents(Denoiser(net, target, t_eps=0.02), [0], args)
+    assert len(latents) == 11
+    for clean in latents[1:10]:
+        torch.testing.assert_close(clean, net.image.expand(2, -1, -1, -1), rtol=0, atol=1e-4)
 
 
-def test_cifar10s_own_file_becomes_class_folders(tmp_path, refused):
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_a_solver_takes_the_evaluations_that_it_is_given(solver, cfg):
+    net = Knows(1, 1)
+    net.target = "x"
+    for evaluations in 7, 12, 27:
+        _, count = solvers.solve(Denoiser(net), solver, cfg, evaluations, 2, seed=0)
+        assert evaluations - 1 <= count <= evaluations
+
+
+def test_toy_v_keeps_all_noise_outside_the_span_of_the_last_layer():
+    denoiser = Denoiser(toy.MLP(200), "v")
+    torch.nn.init.zeros_(denoiser.net.layers[-1].bias)
+    noise = torch.randn(50, 200, 1, 1, generator=torch.Generator().manual_seed(2)).flatten(1)
+    kept = toy.outside_span(toy.sample(denoiser, 200, 50), denoiser)
+    torch.testing.assert_close(kept, toy.outside_span(noise, denoiser), rtol=1e-4, atol=1e-4)
+    assert kept.mean() == pytest.approx((200 - toy.WIDTH) ** 0.5, rel=0.05)
+
+
+def test_speed_times_the_steps_that_train_py_takes(tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    x = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    save_file({"latents": x, "labels": torch.arange(64) % 5},
+              cache / "latents_rank00_shard00000.safetensors")
+    flags = "--model T --patch 2 --batch 8 --steps 3 --lr 1e-4 --warmup 0 --sample-every 0"
+    folders = ["--latents", str(cache), "--out", str(tmp_path / "run")]
+    assert train_main([*flags.split(), *folders, "--precision", "fp32", "--no-compile"]) == 0
+    weights = load_file(tmp_path / "run" / "last.safetensors")
+    for plain in (False, True):
+        torch.manual_seed(0)
+        net = JLT(4, 2, 4, num_classes=5, **SIZES["T"]).to(speed.DEVICE)
+        step = speed.training_step(net, cache, 8, plain=plain)
+        for _ in range(3):
+            step()
+        for name, value in net.state_dict().items():
+            torch.testing.assert_close(value.cpu(), weights[f"model.{name}"], rtol=1e-3, atol=1e-5)
+
+
+def test_cifar10s_archive_becomes_class_folders(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     records = [bytes([label]) + image.transpose(2, 0, 1).tobytes()
                for label, image in zip((1, 0, 1), images)]
     files = {f"{name}.bin": b"".join(records) for name in cifar10.PARTS}
     meta = {"batches.meta.txt": b"cat\ndog\n\n"}
-    for name, held in (("whole.tar.gz", files | meta), ("part.tar.gz", files)):
+    for name, contents in (("whole.tar.gz", files | meta), ("part.tar.gz", files)):
         with tarfile.open(tmp_path / name, "w:gz") as tar:
-            for inside, data in held.items():
-                member = tarfile.TarInfo(f"cifar-10-batches-bin/{inside}")
+            for member_name, data in contents.items():
+                member = tarfile.TarInfo(f"cifar-10-batches-bin/{member_name}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     assert cifar10.main([str(tmp_path / "whole.tar.gz"), str(tmp_path / "out")]) == 0
     assert len(list(tmp_path.glob("out/train/*/*.png"))) == 15
-    for label, image, number in zip(("dog", "cat", "dog"), images, range(3)):
-        path = tmp_path / f"out/test/{label}/test_batch-{number:05d}.png"
-        assert np.array_equal(np.asarray(Image.open(path)), image)
-    refused(cifar10.main, [tmp_path / "part.tar.gz", tmp_path / "out"], "expected cifar-10-binary")
+    for i, (label, image) in enumerate(zip(("dog", "cat", "dog"), images)):
+        file = tmp_path / f"out/test/{label}/test_batch-{i:05d}.png"
+        assert np.array_equal(np.asarray(Image.open(file)), image)
+    assert cifar10.main([str(tmp_path / "part.tar.gz"), str(tmp_path / "out")]) == 2
+    assert "cifar-10-binary" in capsys.readouterr().err

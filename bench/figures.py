@@ -1,0 +1,210 @@
+"""The figures of docs/ that show samples and training curves.
+
+    python -m bench.figures samples CKPT ... --cfg 2 --out samples.png   a row for each checkpoint
+    python -m bench.figures path CKPT ... --cfg 2 --out path.png         from noise to image
+    python -m bench.figures curves RUN ... --column val --out curves.png
+
+samples  Noise and class are the same within a column. Give the exports that a run kept (train.py
+         --keep-every) to see it learn, or the last exports of several runs to compare them.
+path     The clean image as the network predicts it at t = 0, 0.1 ... 0.9, and the sample, a row for
+         each image and checkpoint. At time t the velocity v points to z + (1-t) v, which is the
+         prediction of the clean latent, whatever the target.
+curves   Left, the squared error of the velocity by training step, averaged over the times that
+         training draws; right, the same by time t at the last step. RUN is the folder of a run.
+         train.py measures this in the same way whatever the target and the loss.
+
+What the other programs of bench/ need for their charts comes first.
+"""
+import argparse
+import math
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import sample
+from lib.checkpoint import load_denoiser, read_checkpoint
+from lib.files import atomic
+from lib.flags import Parser, number, path
+from lib.images import image_grid
+from lib.log import read_table
+from lib.run import BadInput, log, pick_device, program
+from vae import open_vae, to_uint8
+
+COLORS = {"x": "tab:blue", "eps": "tab:red", "v": "tab:orange"}
+PATH_TIMES = [i / 10 for i in range(10)]
+
+
+# -------------------------------------------------------------------------------------------------
+# Charts
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files only. Raises BadInput without matplotlib."""
+    try:
+        import matplotlib.pyplot
+    except ImportError:
+        raise BadInput("figures need matplotlib: pip install matplotlib") from None
+    matplotlib.pyplot.switch_backend("Agg")
+    return matplotlib.pyplot
+
+
+def image_path(text):
+    """An argparse type: NAME.png in a folder that exists."""
+    file = path(text)
+    if file.suffix.lower() != ".png" or not file.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: expected NAME.png in a folder that exists")
+    return file
+
+
+def styles(targets, kind="linestyle", choices=("-", "--", ":", "-.")):
+    """Keyword arguments for matplotlib, one dict per entry of `targets`. Each target has its color,
+    and entries with the same target differ in line style (or marker). None is an unknown target,
+    which takes matplotlib's next color."""
+    return [{"color": COLORS.get(target, "tab:green" if target else None),
+             kind: choices[targets[:i].count(target) % len(choices)]}
+            for i, target in enumerate(targets)]
+
+
+def save_figure(figure, file):
+    """Give each panel a grid and a legend, and write the figure as PNG."""
+    for panel in figure.axes:
+        panel.grid(alpha=0.3, which="both")
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic(file) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    log(f"-> {file}")
+
+
+# -------------------------------------------------------------------------------------------------
+# Samples. Each function returns ([(name of a row, its uint8 images)], captions of the columns).
+
+def open_network(file, args):
+    """(denoiser, codec, class ids that take turns, names of all classes) of a checkpoint."""
+    denoiser = load_denoiser(file, device=pick_device())
+    vae = open_vae(denoiser.settings, denoiser.net.in_channels, device=pick_device())
+    names = denoiser.settings.get("class_names") or range(denoiser.net.num_classes)
+    names = [str(name) for name in names]
+    return denoiser, vae, sample.pick_classes(args.classes, names, len(names)), names
+
+
+def draw_samples(args):
+    rows, captions = [], []
+    sampling = sample.Sampling(cfg=args.cfg, steps=args.steps, seed=args.seed)
+    for file in args.inputs:
+        denoiser, vae, classes, names = open_network(file, args)
+        settings, patch = denoiser.settings, denoiser.net.patch_size
+        name = f"{denoiser.target}, patch {patch}\nstep {settings.get('step', '?')}"
+        images = sample.generate(denoiser, vae, range(args.columns), classes, sampling).cpu()
+        rows.append((name, images))
+        captions = [names[classes[i % len(classes)]] for i in range(args.columns)]
+    return rows, captions
+
+
+def draw_path(args):
+    rows = []
+    for file in args.inputs:
+        denoiser, vae, classes, _ = open_network(file, args)
+        latents = predicted_latents(denoiser, classes, args)
+        images = torch.stack([to_uint8(vae.decode(z)).cpu() for z in latents], 1)
+        rows += [(f"predicts {denoiser.target}\nimage {i}", row) for i, row in enumerate(images)]
+    rows.sort(key=lambda row: int(row[0].split()[-1]))  # the same image of all networks together
+    return rows, [*(f"t = {t:g}" for t in PATH_TIMES), "sample"]
+
+
+@torch.inference_mode()
+def predicted_latents(denoiser, classes, args):
+    """The clean latents (columns, C, H, W) as predicted at each of PATH_TIMES, and the samples."""
+    net, device, predicted = denoiser.net, next(denoiser.parameters()).device, {}
+    indices, shape = range(args.columns), (net.in_channels, net.input_size, net.input_size)
+    noise = sample.image_noise(args.seed, indices, shape).to(device)
+    y = sample.balanced_labels(classes, indices).to(device)
+    guided = sample.guided_velocity(denoiser, y, args.cfg)
+
+    def velocity(z, t):
+        v = guided(z, t)
+        # Heun evaluates each time twice. The second one, which stays, is at the point on the path.
+        predicted[t] = z + (1 - t) * v
+        return v
+
+    samples = sample.ode_sample(velocity, noise, 50, "heun")  # PATH_TIMES are among its 50 times
+    return [*(predicted[t] for t in PATH_TIMES), samples]
+
+
+def named_rows(rows, captions, margin=90):
+    """The rows as one Pillow image, with their names on the left."""
+    grid = image_grid(torch.cat([images for _, images in rows]), len(captions), captions)
+    head = image_grid(rows[0][1][:0], len(captions)).height  # what stands above the first row
+    sheet = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    sheet.paste(grid, (margin, 0))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for i, (name, _) in enumerate(rows):
+        middle = head + (grid.height - head) * (i + 0.5) / len(rows)
+        draw.text((margin - 6, middle), name, "black", font, anchor="rm", align="right")
+    return sheet
+
+
+# -------------------------------------------------------------------------------------------------
+# Curves
+
+def read_log(run, column):
+    """{step: (mean error, {t: error})} from a run's log.csv; t is the middle of a bin of times,
+    some of which are empty in small caches. Raises BadInput where nothing is logged."""
+    curve, (_, rows) = {}, read_table(run / "log.csv")
+    for row in rows:
+        if row.get(column):
+            by_time = {(k + 0.5) / 10: float(row[f"{column}_t{k}5"]) for k in range(10)}
+            by_time = {t: error for t, error in by_time.items() if not math.isnan(error)}
+            curve[int(row["step"])] = float(row[column]), by_time
+    if not curve:
+        raise BadInput(f"{run}: no {column!r} in its log.csv; train.py logs it every "
+                       "--sample-every steps, val only with --val CACHE")
+    return curve
+
+
+def draw_curves(args):
+    curves = [read_log(run, args.column) for run in args.inputs]
+    exports = [run / "ema.safetensors" for run in args.inputs]
+    targets = [read_checkpoint(file)[1]["target"] if file.exists() else None for file in exports]
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2))
+    for run, curve, style in zip(args.inputs, curves, styles(targets)):
+        mean, by_time = curve[max(curve)]
+        style |= {"marker": ".", "label": run.name}
+        left.plot(list(curve), [mean for mean, _ in curve.values()], **style)
+        right.plot(list(by_time), list(by_time.values()), **style)
+        errors = "  ".join(f"{error:.3f}" for error in by_time.values())
+        log(f"{run.name}: step {max(curve)}, mean {mean:.4f}, by t {errors}")
+    left.set(xlabel="training step", title=f"{args.column}: mean over training's times")
+    right.set(xlabel="time t: noise at 0, data at 1", title="at the last step, by time")
+    for panel in (left, right):
+        panel.set(yscale="log", ylabel="squared error of the velocity")
+    save_figure(figure, args.out)
+
+
+# -------------------------------------------------------------------------------------------------
+
+@program
+def main(argv=None):
+    parser = Parser("Sample grids and training curves of several runs.")
+    add = parser.add_argument
+    add("figure", choices=("samples", "path", "curves"), help="which figure")
+    add("inputs", metavar="CKPT|RUN", type=path, nargs="+",
+        help="checkpoints, or for curves the folders of runs")
+    add("--out", type=image_path, required=True, help="the figure, NAME.png")
+    add("--column", choices=("fit", "val"), default="fit", help="of curves: training images or val")
+    add = parser.add_argument_group("samples and path").add_argument
+    add("--columns", type=number(int, 1, 20), default=5, help="images per checkpoint")
+    add("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all, in turn)")
+    add("--cfg", type=number(float, 0, 1000), default=2.0, help="guidance scale")
+    add("--steps", type=number(int, 1), default=50, help="of the ODE solver, for samples")
+    add("--seed", type=number(int, 0), default=0, help="of the noise")
+    args = parser.parse_args(argv)
+    if args.figure == "curves":
+        return draw_curves(args)
+    rows, captions = (draw_samples if args.figure == "samples" else draw_path)(args)
+    with atomic(args.out) as temporary:
+        named_rows(rows, captions).save(temporary, "png")
+    log(f"-> {args.out}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
