@@ -109,22 +109,17 @@ def inception_score(logits: torch.Tensor) -> float:
     return statistics.inception_score()
 
 
-def covariance_root(sigma: torch.Tensor) -> torch.Tensor:
-    """R (d, rank) with R Rᵀ = sigma (d, d), leaving out directions without variance."""
-    values, vectors = torch.linalg.eigh(sigma)
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, kept] * values[kept].sqrt()
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2, root2=None) -> float:
+def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """|mu1 - mu2|² + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^½), the Fréchet distance between two
-    Gaussians (arXiv 1706.08500), in float64. root2: covariance_root(sigma2), where it is known."""
-    mu1, mu2 = (torch.as_tensor(mu, dtype=torch.float64) for mu in (mu1, mu2))
-    sigma1, sigma2 = (torch.as_tensor(s, dtype=torch.float64) for s in (sigma1, sigma2))
-    root2 = covariance_root(sigma2) if root2 is None else root2         # (d, rank)
+    Gaussians (arXiv 1706.08500), in float64."""
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(part, dtype=torch.float64)
+                                for part in (mu1, sigma1, mu2, sigma2))
     # With sigma2 = R Rᵀ, the nonzero eigenvalues of sigma1 sigma2 are those of Rᵀ sigma1 R. That is
     # symmetric, so no general matrix root is needed, and singular covariances are no problem.
-    product = root2.T @ sigma1 @ root2                                  # (rank, rank)
+    values, vectors = torch.linalg.eigh((sigma2 + sigma2.T) / 2)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    root = vectors[:, kept] * values[kept].sqrt()                       # R (d, rank)
+    product = root.T @ sigma1 @ root                                    # (rank, rank)
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
 
@@ -161,7 +156,6 @@ class Reference:
     """What scores are measured against."""
     mu: torch.Tensor     # (2048,) float64
     sigma: torch.Tensor  # (2048, 2048) float64
-    root: torch.Tensor   # (2048, rank), covariance_root(sigma)
     hash: str            # its name in tables
     embeddings: dict     # {metric: (N, E) fp16} for "mmd", "cmmd", "dino", as far as they are known
     about: dict          # what is known of its images (size, count, crop) and extractors
@@ -187,11 +181,10 @@ def load_reference(file, metrics=("fid",)) -> Reference:
         mu, sigma = (torch.from_numpy(np.ascontiguousarray(arrays[name], np.float64))
                      for name in ("mu", "sigma"))
         if mu.shape != (FEATURES,) or sigma.shape != (FEATURES, FEATURES):
-            raise ValueError(f"mu {(*mu.shape,)}, sigma {(*sigma.shape,)}, expected {FEATURES} "
-                             "features")
+            raise ValueError(f"mu {tuple(mu.shape)}, sigma {tuple(sigma.shape)}, expected "
+                             f"{FEATURES} features")
         if not (mu.isfinite().all() and sigma.isfinite().all()):
             raise ValueError("values that are not finite")
-        root = covariance_root((sigma + sigma.T) / 2)
         embeddings = {name: torch.from_numpy(arrays[name]) for name in METRICS if name in arrays}
         about = json.loads(str(arrays["meta"])) if "meta" in arrays else {}  # only ours have it
     missing = [name for name in metrics if name not in ("fid", *embeddings)]
@@ -201,7 +194,7 @@ def load_reference(file, metrics=("fid",)) -> Reference:
     # Embeddings of CLIP and DINOv2 add a second part, since mu and sigma do not depend on those.
     others = [rows for name, rows in sorted(embeddings.items()) if name in ("cmmd", "dino")]
     name = sha256([mu, sigma])[:12] + (f"-{sha256(others)[:6]}" if others else "")
-    return Reference(mu, sigma, root, name, embeddings, about)
+    return Reference(mu, sigma, name, embeddings, about)
 
 
 def save_reference(file, mu, sigma, embeddings=None, **about) -> Reference:
@@ -292,8 +285,8 @@ def compare(results, extractors, reference):
     scores = {}
     if "fid" in results:
         statistics = results["fid"]
-        scores["fid"] = frechet_distance(*statistics.mean_and_covariance(), reference.mu,
-                                         reference.sigma, reference.root)
+        scores["fid"] = frechet_distance(
+            *statistics.mean_and_covariance(), reference.mu, reference.sigma)
         possible = statistics.n >= 10 and extractors["fid"].fc.weight.any()
         scores["inception_score"] = statistics.inception_score() if possible else None
     return scores | {metric: mmd(rows, reference.embeddings[metric])

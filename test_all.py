@@ -582,6 +582,10 @@ def test_the_papers_settings_are_the_defaults():
     assert (d.target, d.loss_space, d.P_mean, d.P_std, d.t_eps, d.label_drop) == paper
     assert train.OBJECTIVE == dict(P_mean=-0.8, P_std=0.8, t_eps=0.05, label_drop=0.1)
     assert sample.Sampling() == sample.Sampling(1.0, (0.1, 1.0), 50, "heun", None, "auto", 0)
+    args = train.parse(["--target", "x", "--patch", "1"])
+    names = "model patch steps batch lr warmup decay ema cfg loss".split()
+    assert [getattr(args, name) for name in names] == [
+        "B", 1, 250_000, 1024, 2e-4, 5, 0.0, [0.9999], 2.9, "v"]
 
 
 @torch.no_grad()

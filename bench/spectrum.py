@@ -147,12 +147,14 @@ def print_table(eigenvalues, t):
 
 
 def print_linear_errors(eigenvalues, width, t):
-    """For each target, and for the member of the family with the least mean error."""
+    """Of each target, and of the member of the family with the least mean error."""
     def mean(target):
         return statistics.mean(linear_error(target, eigenvalues, width, TIMES))
 
-    k = min(np.linspace(0, 2, 41).tolist(), key=lambda k: mean(family(k)))
-    targets = {name: name for name in TARGETS} | {f"family, k = {k:.2f}": family(k)}
+    targets = {name: name for name in TARGETS}
+    if width < len(eigenvalues):  # otherwise the error is the same for all targets
+        k = min(np.linspace(0, 2, 41).tolist(), key=lambda k: mean(family(k)))
+        targets[f"family, k = {k:.2f}"] = family(k)
     times = [t, *((i + 0.5) / 10 for i in range(10))]
     log(f"\nvelocity error of the best linear prediction through {width} numbers per token, mean "
         "over training's times and by t")

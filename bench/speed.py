@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib.files import prefetched
 from lib.flags import Parser
 from lib.inception import Inception
-from lib.run import compile_net, log, pick_device, pinned, program, to_device
+from lib.run import compile_net, log, peak_memory, pick_device, pinned, program, to_device
 from lib.taef2 import Taef2
 from model import JLT, SIZES, Denoiser
 from sample import guided_velocity, ode_sample
@@ -36,7 +36,6 @@ TURNS = 5
 DEVICE = pick_device()
 CUDA = DEVICE.type == "cuda"
 N = 64 if CUDA else 8          # images at a time
-BATCH = 256 if CUDA else 8     # the same, in training
 SIDE = 8192 if CUDA else 2048  # of the matrices whose product is called the peak
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Z = torch.randn(N, 128, 16, 16, device=DEVICE)  # FLUX.2 latents of 256x256 images
@@ -153,18 +152,26 @@ def training_step(net, cache, batch, precision="fp32", plain=False):
 
 
 def training(model, cache):
-    """The training step, beside the plain one."""
+    """The training step beside the plain one, and on a GPU by the size of the batch."""
     net, flops = network(model)
-    tasks = {"fp32, plain": training_step(net, cache, BATCH, plain=True)}
+    tasks = {"fp32, plain": training_step(net, cache, N, plain=True)}
     for precision, compiled in ("fp32", False), ("bf16", False), ("bf16", True):
-        if precision not in precisions():
-            continue
+        if precision in precisions():
+            net, _ = network(model)
+            if compiled:
+                compile_net(net, DEVICE)
+            name = f"{precision}, {'compiled' if compiled else 'eager'}"
+            tasks[name] = training_step(net, cache, N, precision)
+    yield from table_rows(f"training step, batch {N}", N, tasks, 3 * flops)
+    tasks.clear()
+    for batch in (64, 128, 256, 512) if CUDA else ():
+        torch.compiler.reset()  # otherwise it would compile for any batch size
+        torch.cuda.reset_peak_memory_stats()
         net, _ = network(model)
-        if compiled:
-            compile_net(net, DEVICE)
-        name = f"{precision}, {'compiled' if compiled else 'eager'}"
-        tasks[name] = training_step(net, cache, BATCH, precision)
-    yield from table_rows(f"training step, batch {BATCH}", BATCH, tasks, 3 * flops)
+        compile_net(net, DEVICE)
+        tasks = {"bf16, compiled": training_step(net, cache, batch, "bf16")}
+        yield from table_rows(f"training step, batch {batch}", batch, tasks, 3 * flops, repeat=5)
+        yield f"| its peak memory: {peak_memory(DEVICE):.1f} GB | | | |"
 
 
 def reading(model, cache):

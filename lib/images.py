@@ -16,7 +16,7 @@ from lib.files import prefetched
 from lib.run import BadInput, barrier, log, printable, rank, rank_batches, warn
 
 Image.init()  # registers all formats now; threads opening the first images would see only some
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; above Pillow's 1 MB lie large ICC profiles and texts
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; ICC profiles and texts may exceed Pillow's 1 MB
 EXTENSIONS = Image.registered_extensions()
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
            if name in EXTENSIONS.values()]  # AVIF depends on how Pillow was built
@@ -52,7 +52,8 @@ def open_image(file, name="an image") -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image, np.float32) * (255 / 65535)          # (H, W)
         image = Image.fromarray(values.round().astype(np.uint8))
-    if is_deep and not dark_images and np.asarray(image.convert("RGB")).max() <= 4096 / 256:
+    # In 8 bits, the 4095 of 12-bit data is 15 or 16.
+    if is_deep and not dark_images and np.asarray(image.convert("RGB")).max() <= 16:
         dark_images.append(name)
         warn(f"{name}: the values of this 16-bit image are all in the lowest 7% of its range, like "
              "12-bit data, so it will be dark (only the first such image is named)")

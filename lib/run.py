@@ -78,13 +78,14 @@ def program(main):
         prepare_streams()
         try:
             connect()
-            code, line = main(*args, **kwargs) or 0, ""
-        except BadInput as error:
-            code, line = 2, error
+            code, line = main(*args, **kwargs) or 0, None
+            barrier()  # torchrun ends every rank once one exits with a code, even while it saves
+        except BadInput as error:  # its text alone is kept: an error holds on to locks and files
+            code, line = 2, str(error)
         except KeyboardInterrupt:
             code, line = 130, "interrupted"
         except (RunFailed, OSError) as error:
-            code, line = 1, error
+            code, line = 1, str(error)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -94,14 +95,12 @@ def program(main):
             for number, handler in handlers.items():
                 if signal.getsignal(number) is not handler:
                     signal.signal(number, handler)
-        if line:
+        if line is not None:
             if rank():  # rank 0 usually prints the same line; torchrun then ends this rank
                 time.sleep(3)
             write_line(sys.stderr, f"error: {printable(line)}")
-        elif dist.is_initialized():
-            barrier()  # torchrun ends every rank once one exits with a code, even while it saves
-            if not args:  # called from the command line: this was all
-                dist.destroy_process_group()
+        elif dist.is_initialized() and not args:  # called from the command line: this was all
+            dist.destroy_process_group()
         return code
     return run
 

@@ -12,9 +12,10 @@ import pytest
 
 import fid
 import train
+import vae
 from lib.checkpoint import export_tensors, save_checkpoint
 from lib.run import STOP_SIGNALS
-from test_all import ROOT, SmallInception, awake, flags, small_cache, tiny_net
+from test_all import ROOT, SmallInception, awake, flags, image_folder, small_cache, tiny_net
 
 # Where other processes that tests start find the programs and this file.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -57,6 +58,13 @@ def finished(tmp_path_factory):
 def run(finished, tmp_path):
     """A copy of the finished run, for a test to change."""
     return shutil.copytree(finished[1], tmp_path / "run")
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """14 images of two classes, which fill four shards."""
+    monkeypatch.setattr(vae, "SHARD", 4)
+    return image_folder(tmp_path / "images")
 
 
 def save_tiny(path, **settings):

@@ -1,75 +1,80 @@
-"""Nothing in README or docs refers to a file, a flag or a line of code that is not there."""
+"""Nothing in README or docs/ refers to a file, a flag or a line of code that is not there."""
+import importlib
 import re
+import shlex
 
 import pytest
+import torch
+from run_docs import commands
 
 import fid
 import sample
-from ablations import NAMES, load
-from lib.flags import training_args
-from model import SIZES, TARGETS
-from test_all import ROOT
-from train import PRESETS
+import train
+import vae
+from ablations import Ablation
+from test_all import ROOT, flags, same_run
 
 PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-CODE = re.compile(r"```python\n(.*?)```", re.S)
+OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--help",
+          "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue", "--max-restarts", "--nodes",
+          "--local-dir", "--repo-type", "--include", "--no-deps", "--no-compile"}
 
 
 def sources():
     return "\n".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")))
 
 
-def known_flags():
-    """All that a program takes: what stands in quotes, dashes first, somewhere in the sources."""
-    return set(re.findall(r'"(--[a-z0-9-]+)"', sources())) | {
-        f"--{option}" for name in NAMES for option in load(name).options} | {
-        f"--{name}-{option}" for name in NAMES for option in load(name).options} | {
-        "--no-compile", "--help"} | {f"--{name}" for name in (
-            "model patch batch lr steps warmup decay ema").split()}
-
-
-OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id",
-          "--ntasks-per-node", "--no-deps", "--max-restarts", "--local-dir", "--signals-to-handle"}
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_files_and_links_exist(page):
     text = page.read_text()
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text))
-    assert used <= known_flags() | OTHERS, used - known_flags() - OTHERS
+    assert not used - set(re.findall(r'"(--[a-z0-9-]+)"', sources() + text)) - OTHERS
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert link.startswith("https://") or (page.parent / link).exists(), link
-    named = re.findall(r"`((?:lib|bench|tests|docs|ablations|assets)/[\w./-]*)`", text)
-    named += re.findall(r"`(\w+\.py)`", text)
-    for name in named:
-        assert list(ROOT.glob(name.rstrip("/"))), name
-    for module in re.findall(r"python -m ((?:bench|ablations)\.\w+)", text):
-        assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
-    for log in re.findall(r"`([\w-]+\.(?:csv|txt|md))`", text):
-        assert log in ("log.csv", "fid.csv") or list(ROOT.glob(f"assets/logs/{log}")) or list(
-            ROOT.glob(f"docs/{log}")), log
+    for name in re.findall(r"`((?:lib|bench|tests|docs|ablations|assets)/[\w./*-]*|\w+\.py)`", text):
+        assert list(ROOT.glob(name.rstrip("/"))) or name == "ablations/muon.py", name
+    for name in re.findall(r"`([\w-]+\.(?:csv|txt|md))`", text):
+        known = name in ("log.csv", "fid.csv", "facts.txt")
+        assert known or list(ROOT.glob(f"assets/logs/{name}")) or list(ROOT.glob(f"docs/{name}")), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_that_is_quoted_is_the_code(page):
-    """Line by line, comments and indentation apart."""
+    """Line by line, apart from comments and indentation."""
     lines = {line.split("  #")[0].strip() for line in sources().splitlines()}
-    for block in CODE.findall(page.read_text()):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         for line in block.splitlines():
             quoted = line.split("  #")[0].strip()
             assert not quoted or quoted[0] == "#" or quoted in lines, quoted
 
 
-def test_training_commands_parse():
-    """Every command of train.py, sample.py and fid.py on the pages, without running it."""
-    seen = 0
+def test_commands_parse():
+    """Every command of a program or an ablation on the pages, without running it."""
+    parsers, seen = {"vae.py": vae, "train.py": train, "sample.py": sample, "fid.py": fid}, 0
     for page in PAGES:
-        text = page.read_text().replace("\\\n", " ")
-        for program, words in re.findall(r"^    .*?\b(train|sample|fid)\.py (.*)$", text, re.M):
-            argv = words.split("#")[0].split("&&")[0].split()
-            if program == "train":
-                training_args(argv, PRESETS, [*TARGETS, "u"], SIZES)
-            else:
-                {"sample": sample, "fid": fid}[program].parse(argv)
-            seen += 1
-    assert seen > 20
+        for command in commands(page.relative_to(ROOT).with_suffix("")):
+            words = shlex.split(command)
+            if name := next((word for word in words if word in parsers), None):
+                parsers[name].parse(words[words.index(name) + 1:])
+                seen += 1
+            elif name := next((word for word in words if re.match(r"(ablations|bench)\.", word)), None):
+                module = importlib.import_module(name)
+                techniques = [kind for kind in vars(module).values() if isinstance(kind, type)
+                              and issubclass(kind, Ablation) and kind.__module__ == name]
+                if techniques:
+                    train.parse(words[words.index(name) + 1:], techniques[0])
+                seen += 1
+    assert seen > 40
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon yet")
+def test_the_optimizer_that_extending_shows_trains_and_resumes(finished, tmp_path):
+    text = (ROOT / "docs" / "extending.md").read_text()
+    (code,) = re.findall(r'```py\n("""ablations/muon.py""".*?)```', text, re.S)
+    module = {"__name__": "muon"}
+    exec(code, module)
+
+    def run(name, steps):
+        return train.main(flags(finished[0], tmp_path / name, steps=steps), module["Muon"])
+    assert run("whole", 6) == 0 and run("parts", 4) == 0 and run("parts", 6) == 0
+    same_run(tmp_path / "whole", tmp_path / "parts")

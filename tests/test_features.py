@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.features import load_features
-from lib.inception import Inception, resize
+from lib.inception import Inception
 from lib.run import BadInput
 
 # What this project's own Vision Transformer (lib/vit.py of 1d03df4, which agreed with transformers
@@ -91,12 +91,3 @@ def test_inception_is_torch_fidelitys_in_fp32_whatever_surrounds_it():
         features, logits = inception(two_images())
     for rows, numbers in zip((features, logits), INCEPTION):
         torch.testing.assert_close(rows[1, :4], torch.tensor(numbers), rtol=1e-4, atol=1e-4)
-
-
-def test_inceptions_resize_is_tensorflow_1s():
-    """Output pixel i is at i * (in / out), without the half-pixel shift."""
-    x = torch.rand(1, 1, 7, 7)
-    row = x[0, 0, :, 0]
-    expected = [row[int(i * 7 / 10)] * (1 - i * 7 / 10 % 1)
-                + row[min(int(i * 7 / 10) + 1, 6)] * (i * 7 / 10 % 1) for i in range(10)]
-    torch.testing.assert_close(resize(x, 10)[0, 0, :, 0], torch.stack(expected))

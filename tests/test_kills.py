@@ -15,7 +15,6 @@ from conftest import finish, start
 
 import train
 from lib.checkpoint import read_checkpoint
-from lib.log import read_table
 from test_all import LOGGED, ROOT, flags, log_rows
 
 KILLS = int(os.environ.get("NANOJLT_KILLS") or 3)
@@ -26,22 +25,21 @@ def command(cache, out):
 
 
 def ends_alike(left_alone, interrupted):
-    """Assert that the last checkpoints are equal, bit for bit, and so are the logs, but for a line
-    that a kill may have prevented between saving and logging."""
+    """Assert that the last checkpoints are equal, bit for bit, and so are the logs, except that a
+    kill may have prevented a line between saving and logging."""
     (left, settings), (right, others) = (
         read_checkpoint(out / "last.safetensors") for out in (left_alone, interrupted))
     assert settings == others and left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
     whole, found = (log_rows(out, LOGGED) for out in (left_alone, interrupted))
-    assert all(row in whole for row in found) and len(found) >= len(whole) - KILLS
-    assert sorted(found, key=lambda row: int(row[0])) == found
-    assert not list(interrupted.glob(".tmp*"))
+    assert [row for row in whole if row in found] == found
+    assert len(found) >= len(whole) - KILLS and not list(interrupted.glob(".tmp*"))
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def left_alone(request, finished, tmp_path_factory):
-    """(ranks, folder of a run that was not interrupted, how long it took)."""
+    """(ranks, folder of a run that was not interrupted, how many seconds it took)."""
     out, began = tmp_path_factory.mktemp("alone") / "run", time.monotonic()
     codes = finish(start(train.main, command(finished[0], out), ranks=request.param))
     assert codes == [0] * request.param
@@ -50,11 +48,11 @@ def left_alone(request, finished, tmp_path_factory):
 
 def test_a_run_that_is_killed_again_and_again(left_alone, finished, tmp_path):
     """With kill -9, one rank a moment before the other."""
-    ranks, whole, duration = left_alone
+    ranks, whole, seconds = left_alone
     chance = random.Random(0)
     for _ in range(KILLS):
         processes = start(train.main, command(finished[0], tmp_path), ranks=ranks)
-        time.sleep(chance.uniform(0.1, 0.8) * duration)
+        time.sleep(chance.uniform(0.1, 0.8) * seconds)
         for process in chance.sample(processes, ranks):
             process.kill()
         finish(processes)
@@ -63,25 +61,18 @@ def test_a_run_that_is_killed_again_and_again(left_alone, finished, tmp_path):
 
 
 @pytest.mark.parametrize("left_alone", [2], indirect=True)
-def test_a_sigterm_to_torchrun_saves_and_the_same_command_continues(
-        left_alone, finished, tmp_path):
+def test_a_sigterm_to_torchrun_saves_and_the_same_command_continues(left_alone, finished, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
               "train.py", *command(finished[0], tmp_path)]
-
-    def run(stop):
-        with subprocess.Popen(launch, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL) as process:
-            printed = []
-            for line in process.stdout:
-                printed.append(line)
-                if stop and line.startswith("step 4,"):
-                    process.send_signal(signal.SIGTERM)
-        return process.returncode, "".join(printed)
-    code, printed = run(stop=True)
-    assert code and "stopped at step" in printed
+    with subprocess.Popen(launch, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if line.startswith("step 4,"):
+                process.send_signal(signal.SIGTERM)
     step = read_checkpoint(tmp_path / "last.safetensors")[1]["step"]
-    assert 4 <= step < 24 and f"stopped at step {step}" in printed
-    assert len(read_table(tmp_path / "log.csv")[1]) == step  # it was saved first, then logged
-    code, printed = run(stop=False)
-    assert code == 0 and f"at step {step}" in printed
+    assert process.returncode and 4 <= step < 24
+    assert printed[-1].startswith(f"stopped at step {step}")
+    done = subprocess.run(launch, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0 and f"at step {step}" in done.stdout
     ends_alike(left_alone[1], tmp_path)

@@ -20,7 +20,7 @@ def test_code_cells_run_in_order(tmp_path):
     flags = "--vae", "pixels", "--size", "32", "--no-flip"
     assert vae.main(["--images", str(digits), "--out", str(cache), *flags]) == 0
     demo = ["--demo", "--latents", str(cache), "--steps", "4", "--batch", "4", "--warmup", "0",
-            "--sample-every", "4", "--log-every", "2"]
+            "--patch", "32", "--sample-every", "4", "--log-every", "2"]  # 1 token: fast
     small = f"STEPS, TOY_STEPS, DEMO = 4, 2, {demo!r}"
     script = tmp_path / "cells.py"
     script.write_text("\n\n".join([CODE[0], small, *CODE[1:]]))  # the settings come first
