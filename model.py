@@ -111,8 +111,8 @@ class Attention(nn.Module):
 
 class SwiGLU(nn.Module):
     """The feed-forward layer w3(silu(gate) * value), with gate and value from one matrix product
-    (arXiv 2002.05202). Its hidden width is 2/3 of mlp_ratio * dim, so that its three matrices cost
-    as much as the two of a plain MLP."""
+    (arXiv 2002.05202). Its hidden width is 2/3 of mlp_ratio * dim, so that its three matrices (w12
+    holds two) cost as much as the two of a plain MLP."""
 
     def __init__(self, dim, mlp_ratio):
         super().__init__()
@@ -246,7 +246,7 @@ class JLT(nn.Module):
     def init_weights(self):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a convolution as a matrix
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # in place, by a view
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -297,12 +297,15 @@ def slope(target: str, t, floor=0.0) -> torch.Tensor:
     Since x = z + (1-t) v and e = z - t v, the target is (a+b) z + slope * v. The slope is 1-t for
     x, -t for eps and 1 for v. The three carry the same information; this is where they differ.
 
-    t: a float or a tensor. floor: the least magnitude of the result, which keeps its sign.
+    t: a float or a tensor. floor: the least magnitude of the result, which keeps its sign. (A slope
+    has one sign for all of 0 < t < 1; at t = 1/2 it is (a - b) / 2.)
     """
     a, b = coefficients(target, t)
-    a_half, b_half = coefficients(target, 0.5)  # at 1/2, a slope of 0 would tell no sign at t = 0
     s = torch.as_tensor(a * (1 - t) - b * t)
-    return s.clamp(min=floor) if a_half > b_half else s.clamp(max=-floor)
+    if not floor:
+        return s
+    a, b = coefficients(target, 0.5)
+    return s.clamp(min=floor) if a > b else s.clamp(max=-floor)
 
 
 class Denoiser(nn.Module):
@@ -313,10 +316,11 @@ class Denoiser(nn.Module):
         always uses "v", whatever the target.
     P_mean, P_std: t = sigmoid(n) with n ~ N(P_mean, P_std²); half of training has t below 0.31.
     t_eps: the least magnitude of the slope that a prediction is divided by, which is 1-t for x and
-        t for eps. Training hardly ever draws such times. A sampler does: it shortens the last steps
-        of an x network, which leaves a little noise, and the first steps of an eps network.
+        t for eps. (The name is the release's; it has nothing to do with the target eps.) Training
+        hardly ever draws such times. A sampler does: the floor shortens the last steps of an x
+        network, which leaves a little noise, and the first steps of an eps network.
     label_drop: share of training images that get the label "no class", so that the network can be
-        guided. train.py chooses which.
+        guided. Only recorded here; `forward` takes the labels to drop, which train.py draws.
 
     Raises ValueError for an unknown target, or one whose slope is zero somewhere inside (0, 1).
     """
@@ -327,7 +331,7 @@ class Denoiser(nn.Module):
         for name in (target, loss):
             if name not in TARGETS:
                 raise ValueError(f"{name!r} is no target: expected {', '.join(TARGETS)}")
-            slopes = slope(name, torch.linspace(0.01, 0.99, 99), floor=-math.inf)
+            slopes = slope(name, torch.linspace(0.01, 0.99, 99))
             if not ((slopes > 0).all() or (slopes < 0).all()):
                 raise ValueError(f"target {name!r} says nothing about v at some t, where its slope "
                                  "a(1-t) - bt is zero")

@@ -92,8 +92,8 @@ def ode_sample(velocity: Callable, z, steps: int, method="heun", breaks=()):
         raise ValueError(f"method {method!r}: expected {' or '.join(METHODS)}")
     for times in time_grid(steps, breaks):
         # The ends of a piece are evaluated just inside it, because the other side of a jump starts
-        # there.
-        inside = [times[0] and math.nextafter(times[0], 1), *times[1:-1],
+        # there. Only t = 0 stays as it is.
+        inside = [math.nextafter(times[0], 1) if times[0] else 0.0, *times[1:-1],
                   math.nextafter(times[-1], 0)]
         v_before, h_before = None, None
         for i in range(len(times) - 1):
@@ -254,19 +254,19 @@ def write_npz(file, n, size, batches):
     place, so that 50,000 images (10 GB at 256²) never have to fit into memory."""
     shape = n, size, size, 3
     check_disk(file.parent, 2 * math.prod(shape))
-    rows = from_rank_0(file.with_name(f".tmp-{os.getpid()}-{file.name[-60:]}.npy"))
+    rows_file = from_rank_0(file.with_name(f".tmp-{os.getpid()}-{file.name[-60:]}.npy"))
     if rank() == 0:
-        np.lib.format.open_memmap(rows, "w+", np.uint8, shape)
+        np.lib.format.open_memmap(rows_file, "w+", np.uint8, shape)
     barrier()
-    table = np.lib.format.open_memmap(rows, "r+")
+    table = np.lib.format.open_memmap(rows_file, "r+")
     for indices, images in batches:
         table[indices.start:indices.stop] = images.permute(0, 2, 3, 1).cpu().numpy()
     table.flush()
     barrier()
     if rank() == 0:
         with atomic(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            archive.write(rows, "arr_0.npy")
-        rows.unlink()
+            archive.write(rows_file, "arr_0.npy")
+        rows_file.unlink()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def main(argv=None):
     ckpt, device = args.ckpt or newest_checkpoint(args.weights), pick_device()
     denoiser = load_denoiser(ckpt, args.weights, device, args.target, args.input_size)
     net, settings = denoiser.net, denoiser.settings
-    denoiser = with_floor(denoiser, args.t_eps)
+    denoiser = with_floor(denoiser, args.t_eps)  # here already, to fail early
     vae = open_vae(settings, net.in_channels, args.vae, device)
     sampling = Sampling(
         cfg=settings["cfg"] if args.cfg is None else args.cfg,

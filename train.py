@@ -9,7 +9,13 @@ image, its time, noise, mirroring and dropped label are functions of (seed, step
 global batch), whatever the number of GPUs, the micro-batch or the interruptions. (2) Everything
 that a run will need is opened before step 0. (3) Between two log lines nothing waits for the GPU.
 
-The argument `ablation` of main is the one seam for other training techniques (ablations/).
+A signal (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1) is looked at after each step, never within one: the step
+is finished, `last` and `ema` are saved, and the program exits with 128 + signal. The same command
+continues.
+
+Other training techniques enter by main's argument `ablation`: a subclass of Denoiser (see
+ablations/__init__.py) that is built in place of it and brings its own flags, network, optimizer and
+extra inputs.
 """
 import argparse
 import copy
@@ -50,7 +56,7 @@ PRESETS = {
         cfg=1.5),
 }
 OBJECTIVE = dict(P_mean=-0.8, P_std=0.8, t_eps=0.05, label_drop=0.1)  # the same for every target
-CLIP = 1.0        # maximal gradient norm; not in the paper (its release added it later)
+MAX_NORM = 1.0    # of the gradient, which is clipped; not in the paper (its release added it)
 PATIENCE = 5      # a run fails after so many consecutive non-finite gradients (seen when logging)
 NOISE_BLOCK = 16  # positions whose noise is drawn together, however the batch is divided
 
@@ -64,13 +70,14 @@ def permutation(seed, epoch, n):
     return np.random.default_rng([seed, 0, epoch]).permutation(n)
 
 
-def stream(seed: int, positions: np.ndarray, n: int) -> np.ndarray:
-    """Which of n images stands at these positions (int64) of the endless training stream. Every
-    image appears once per epoch, in a new order each time."""
-    images = np.empty_like(positions)
-    for epoch in np.unique(positions // n):
-        inside = positions // n == epoch
-        images[inside] = permutation(seed, int(epoch), n)[positions[inside] % n]
+def stream(seed: int, places: np.ndarray, n: int) -> np.ndarray:
+    """Which of n images stands at these places (int64) of the endless training stream. Every image
+    appears once per epoch, in a new order each time. Position p of step s is place s * batch + p.
+    """
+    images = np.empty_like(places)
+    for epoch in np.unique(places // n):
+        inside = places // n == epoch
+        images[inside] = permutation(seed, int(epoch), n)[places[inside] % n]
     return images
 
 
@@ -104,6 +111,8 @@ def read_batch(data, seed, step, batch, positions):
 # The recipe
 
 def make_optimizer(parameters, lr):
+    """Any torch.optim.Optimizer will do. One made of several must give its parts its own `.state`
+    and `.param_groups`, or a checkpoint holds nothing of them (docs/extending.md shows Muon)."""
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
@@ -165,12 +174,14 @@ def parse(argv, ablation=None):
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile (default: on CUDA)")
 
-    add = parser.add_argument_group("intervals, in steps (0: never)").add_argument
+    add = parser.add_argument_group("intervals, in steps").add_argument
     add("--log-every", type=number(int, 1), help="a line, and a row of log.csv")
     add("--save-every", type=number(int, 1), help="a checkpoint")
-    add("--sample-every", type=number(int, 0), help="a sample grid, and the error by time")
-    add("--keep-every", type=number(int, 0), default=0, help="keep a copy of the EMA weights")
-    add("--eval-every", type=number(int, 0), default=0, help="FID against --ref")
+    add("--sample-every", type=number(int, 0),
+        help="a sample grid, and the error by time (0: never)")
+    add("--keep-every", type=number(int, 0), default=0,
+        help="keep a copy of the EMA weights (0: never)")
+    add("--eval-every", type=number(int, 0), default=0, help="FID against --ref (0: never)")
     add("--cfg", type=number(float, 0, 1000), help="guidance scale of sample grids and FID")
     add("--ref", type=path, help="reference statistics, npz")
     add("--eval-n", type=number(int, 2), default=10_000, help="images per FID")
@@ -212,7 +223,7 @@ def main(argv=None, ablation=None):
     settings = {name: getattr(args, name) for name in names} | OBJECTIVE
     settings |= {"format": FORMAT, "precision": "bf16" if bf16 else "fp32"}
     recipe = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "format")
-    log(f"{args.out}: {recipe}, clip {CLIP}; each rank ({device.type}) takes {accumulation} x "
+    log(f"{args.out}: {recipe}, clip {MAX_NORM}; each rank ({device.type}) takes {accumulation} x "
         f"{micro} images per step")
 
     # The data. The demo's digits become a cache in the same way as any other images.
@@ -233,12 +244,13 @@ def main(argv=None, ablation=None):
     # The network, its EMAs, the optimizer.
     torch.manual_seed(args.seed)
     sizes = SIZES[args.model] | ({} if args.bottleneck is None else {"bottleneck": args.bottleneck})
-    net = (ablation.network if ablation else JLT)(
+    network, objective = (ablation.network, ablation) if ablation else (JLT, Denoiser)  # classes
+    net = network(
         grid, args.patch, channels, num_classes=data.num_classes, **sizes)
     if args.init:
         load_init(args.init, net, args.target, data.class_names)
     net = net.to(device)
-    denoiser = (ablation or Denoiser)(net, args.target, args.loss, **OBJECTIVE)
+    denoiser = objective(net, args.target, args.loss, **OBJECTIVE)
     emas = [copy.deepcopy(net).eval().requires_grad_(False) for _ in args.ema]
     ema_denoiser = Denoiser(emas[0], args.target, args.loss, **OBJECTIVE)
     settings["ablation"] = None
@@ -272,7 +284,7 @@ def main(argv=None, ablation=None):
         restore(tensors, saved["optimizer"], net, emas, extra, optimizer)
         step, skipped = saved["step"], skipped + saved["skipped"]
         log(f"continues {args.out} at step {step}")
-    else:  # three checkpoints (last, previous and the next) and an export
+    else:  # three checkpoints (weights, two moments, EMAs) and an export, 4 bytes a number
         check_disk(args.out, 4 * size * (3 * (3 + len(emas)) + len(emas)))
     if mean_over_ranks(torch.tensor(step, dtype=torch.float64)) != step:
         raise RunFailed(f"the ranks found different checkpoints, this one that of step {step}: do "
@@ -303,10 +315,10 @@ def main(argv=None, ablation=None):
     log_file = Log(args.out / "log.csv", step)
 
     def read(job):  # called by threads, a few micro-batches ahead of the loop
-        step, k = job
+        at, k = job
         positions = first + k * micro + np.arange(micro)
-        batch = read_batch(data, args.seed, step, args.batch, positions)
-        more = denoiser.extra_inputs(step, positions) if ablation else {}
+        batch = read_batch(data, args.seed, at, args.batch, positions)
+        more = denoiser.extra_inputs(at, positions) if ablation else {}
         return [pinned(part) for part in batch], {name: pinned(p) for name, p in more.items()}
 
     batches = prefetched(read, itertools.product(range(step, args.steps), range(accumulation)))
@@ -346,10 +358,11 @@ def main(argv=None, ablation=None):
             micro_loss.backward()
             loss += micro_loss.detach()
 
-        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        extra_norm = torch.nn.utils.clip_grad_norm_(list(extra.values()), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        extra_norm = torch.nn.utils.clip_grad_norm_(list(extra.values()), MAX_NORM)
         # A step whose gradient is not finite is skipped, by all ranks alike. The fused AdamW takes
-        # the flag as a tensor, so that nothing waits for the GPU; other optimizers wait here.
+        # the flag as a tensor, as from PyTorch's GradScaler, so that nothing waits for the GPU;
+        # other optimizers wait here.
         bad = (~torch.isfinite(norm + extra_norm)).float()
         optimizer.found_inf = bad
         if fused or not bad:
@@ -386,7 +399,7 @@ def main(argv=None, ablation=None):
 
         # Once in a while: the error by time, and a sample grid of two images per class. Eagerly,
         # since compiling for these shapes would take minutes, while the other ranks wait.
-        if due(args.sample_every) and rank() == 0:
+        if due(args.sample_every) and not stopping and rank() == 0:
             with uncompiled():
                 row |= error_by_time(denoiser, data, device, bf16, "fit")
                 if val:

@@ -11,8 +11,9 @@ Where FLUX.2's 128 channels come from: its convolutions turn a 3 x 256 x 256 ima
 32. Each 2 x 2 square of positions is then stacked into channels (space-to-depth), which makes
 128 x 16 x 16, and each channel is normalised by a mean and variance that come with the VAE.
 
-Training mirrors half of its images. Mirroring a *latent* does not give the latent of the mirrored
-image (a channel may well hold the left half of a square), so both are encoded and stored.
+Training mirrors half of its images. The latent of a mirrored image is not the mirrored latent:
+learned filters are not symmetric, and FLUX.2's channels also tell the left half of a 2 x 2 square
+from its right. So both are encoded and stored, which doubles the cache. (--no-flip stores one.)
 """
 import hashlib
 import json
@@ -301,6 +302,7 @@ def main(argv=None):
     def read(name):
         return read_image(root / name, args.size)
 
+    # The release's naming; it is rank00 whichever rank wrote the shard.
     paths = [out / f"latents_rank00_shard{k:05d}.safetensors" for k in range(len(shards))]
     for shard in shard_paths(out):
         if shard not in paths:
@@ -319,15 +321,14 @@ def main(argv=None):
     ours = range(rank(), len(shards), world_size())  # no rank waits for another
     todo = [k for k in ours if not is_finished(paths[k], shards[k], settings, root, read)]
     side = args.size // vae.stride
-    per_image = (2 * (2 - args.no_flip) * vae.channels * side ** 2
-                 + args.keep_images * 3 * args.size ** 2)  # bytes
-    everyone = [k for part in gather_objects(todo) for k in part]
-    need = per_image * sum(len(shards[k]) for k in everyone)
-    log(f"{len(items):,} images of {len(classes)} classes: {len(everyone)} of {len(shards)} shards "
-        f"to write, {need / 1e9:.2f} GB")
+    copies = 1 if args.no_flip else 2
+    per_image = 2 * copies * vae.channels * side ** 2 + args.keep_images * 3 * args.size ** 2
+    all_todo = [k for part in gather_objects(todo) for k in part]       # of all ranks
+    need = per_image * sum(len(shards[k]) for k in all_todo)
+    log(f"{len(all_todo)} of {len(shards)} shards to write, {need / 1e9:.2f} GB")
     check_disk(out, need)
     if rank() == 0:
-        for stale in out.glob(".tmp-*"):  # of a run that was killed
+        for stale in out.glob(".tmp*"):  # of a run that was killed
             stale.unlink()
         if vae.path:
             write_note(out / "source.json", path=vae.path)

@@ -29,7 +29,7 @@ from lib.run import compile_net, log, peak_memory, pick_device, pinned, program,
 from lib.taef2 import Taef2
 from model import JLT, SIZES, Denoiser
 from sample import guided_velocity, ode_sample
-from train import CLIP, make_optimizer, read_batch, step_noise, update_ema
+from train import MAX_NORM, make_optimizer, read_batch, step_noise, update_ema
 from vae import LatentDataset
 
 TURNS = 5
@@ -139,7 +139,7 @@ def training_step(net, cache, batch, precision="fp32", plain=False):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = denoiser(x.float(), y, t, e, drop)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
         if plain:

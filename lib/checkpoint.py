@@ -222,6 +222,8 @@ def run_tensors(net, emas, extra, optimizer):
     tensors = {f"model.{name}": value for name, value in net.state_dict().items()}
     tensors |= export_tensors(emas) | {f"extra.{name}": p for name, p in extra.items()}
     state = optimizer.state_dict()
+    if not state["state"]:  # as of an optimizer that wraps others and leaves their state to them
+        log("warning: the optimizer gives no state to save, so the run would not resume exactly")
     rest = {"param_groups": state["param_groups"], "state": {}}
     for index, values in state["state"].items():
         rest["state"][index] = {}
@@ -254,7 +256,7 @@ def resume_point(out):
     damaged `last` is set aside, because the next save would move it over the whole `previous`."""
     last, previous = out / "last.safetensors", out / "previous.safetensors"
     if rank() == 0:  # which holds the folder's lock
-        for stale in out.glob(".tmp-*"):  # of a save that was killed
+        for stale in out.glob(".tmp*"):  # of a save that was killed; safetensors has some, too
             stale.unlink()
     existing = [path for path in (last, previous) if path.exists()]
     for path in existing:

@@ -105,6 +105,22 @@ def lock_folder(folder, patience=120, wait_for_host=False):
     return file
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """Wait until no other process is in such a block for this folder, as far as the platform and
+    the file system have locks."""
+    if not fcntl:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def prefetched(read, jobs, threads=4, ahead=8):
     """Yield read(job) for each job, in order. Threads work up to `ahead` jobs in advance; they are
     enough, because files are read and JPEGs decoded outside Python's interpreter lock."""

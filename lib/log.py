@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import torch
 
-from lib.files import atomic
+from lib.files import atomic, one_at_a_time
 from lib.run import BadInput, RunFailed, log, rank
 
 
@@ -34,9 +34,10 @@ def append_row(path, row):
     """Add a row {column: value} to a CSV file, on rank 0. Columns that are new widen the table, and
     the file is replaced whole, so that other programs may read it at any time."""
     if rank() == 0:
-        columns, rows = read_table(path)
-        columns += [name for name in row if name not in columns]
-        write_table(path, columns, [*rows, row])
+        with one_at_a_time(pathlib.Path(path).parent):  # two sweeps may share a table
+            columns, rows = read_table(path)
+            columns += [name for name in row if name not in columns]
+            write_table(path, columns, [*rows, row])
 
 
 class Log:

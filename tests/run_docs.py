@@ -1,13 +1,12 @@
 """Run the commands that README and docs/ show, in their order, from the root of a fresh clone.
 
-    python tests/run_docs.py                                    lists them: what would be run, what not
-    python tests/run_docs.py --run --images FOLDER --inception FILE --taef2 FOLDER
+    python tests/run_docs.py                                    lists what would be run and what not
+    python tests/run_docs.py --run CIFAR=FOLDER INCEPTION=FILE taef2=FOLDER
 
-Runs write into data/ and out/. What needs several GPUs, hours or a download is left out, by name. What
-would take more than minutes gets a few steps and images instead. FOLDER holds train/ and test/, each
-with a folder of images per class. (tests/test_docs.py checks that all commands parse.)
+Runs write into data/ and out/. What needs several GPUs, hours or a download is left out, by name.
+What would take more than minutes gets a few steps and images instead. CIFAR holds train/ and test/,
+each with a folder of images per class. (tests/test_docs.py checks that all commands parse.)
 """
-import argparse
 import pathlib
 import re
 import subprocess
@@ -30,10 +29,10 @@ SHORT = {  # what would take long: the flags that make it short, of which the la
 
 def commands(page):
     """The commands on a page: of indented lines and of blocks marked as sh."""
-    text = (ROOT / f"{page}.md").read_text()
-    text = re.sub(r"```sh\n(.*?)```", lambda block: re.sub("^", "    ", block[1], flags=re.M), text,
-                  flags=re.S)
-    text = re.sub(r"```.*?```", "", text, flags=re.S).replace("\\\n", " ")
+    text = (ROOT / f"{page}.md").read_text().replace("\\\n", " ")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    indented = "".join(f"    {line}\n" for block in blocks for line in block.splitlines())
+    text = indented + re.sub("```.*?```", "", text, flags=re.S)
     for line in re.findall(r"^    (.+)$", text, re.M):
         line = re.split(r"\s{3,}|\s+#", line.strip())[0]
         for command in line.split(" && "):
@@ -41,44 +40,26 @@ def commands(page):
                 yield re.sub(" +", " ", command)
 
 
-def prepared(command, places):
-    """What is run in its stead, or None with what it needs."""
-    for sign, need in NEEDS.items():
-        if sign in command:
-            return None, need
-    for program, flags in SHORT.items():
-        if program in command:
-            command = f"{command} {flags}"
-    for name, place in places.items():
-        command = re.sub(rf"(?<!\w){name}(?![\w.])", place, command)
-    command = re.sub("^pip ", "python -m pip ", command)
-    return re.sub("^python ", f"{sys.executable} ", command), None
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Run the commands of README and docs/.")
-    parser.add_argument("--run", action="store_true", help="run them, do not only list them")
-    parser.add_argument("--images", default="CIFAR", help="folder of train/ and test/")
-    parser.add_argument("--inception", default="INCEPTION", help="Inception's weights")
-    parser.add_argument("--taef2", default="taef2", help="folder of the tiny codec's weights")
-    parser.add_argument("--pages", nargs="+", choices=PAGES, default=PAGES, help="some of them")
-    args = parser.parse_args()
-    places = {"CIFAR": args.images, "FOLDER": f"{args.images}/test", "INCEPTION": args.inception,
-              "taef2": args.taef2, "CACHE": "data/cifar10-64", "RUN": "demo-T8-x"}
+def main(words):
+    places = {"CACHE": "data/cifar10-64", "RUN": "demo-T8-x", "FOLDER": "CIFAR/test"}
+    places |= dict(word.split("=") for word in words if "=" in word)
     failed = 0
-    for page in args.pages:
-        for command in commands(page):
-            words, need = prepared(command, places)
-            print(f"{page}: {command}\n    {words or f'left out: needs {need}'}", flush=True)
-            if words and args.run:
-                done = subprocess.run(words, shell=True, cwd=ROOT, text=True, stderr=subprocess.STDOUT,
-                                      stdout=subprocess.PIPE)
-                failed += done.returncode != 0
-                print(f"    exit code {done.returncode}", flush=True)
-                print(done.stdout[-1500:] if done.returncode else "", flush=True)
+    for command in (command for page in PAGES for command in commands(page)):
+        print(command)
+        if need := next((NEEDS[sign] for sign in NEEDS if sign in command), None):
+            print(f"    left out: needs {need}")
+            continue
+        command += "".join(f" {flags}" for program, flags in SHORT.items() if program in command)
+        for name, place in places.items():
+            command = re.sub(rf"(?<!\w){name}(?![\w.])", place, command)
+        command = re.sub("^pip ", "python -m pip ", command)
+        command = re.sub("^python ", f"{sys.executable} ", command)
+        print(f"    {command}", flush=True)
+        if "--run" in words:
+            failed += subprocess.run(command, shell=True, cwd=ROOT).returncode != 0
     print(f"{failed} failed")
     return bool(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

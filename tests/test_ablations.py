@@ -17,7 +17,6 @@ from ablations.repa_contrastive import RepaContrastive
 from ablations.repa_tread import RepaTread
 from ablations.tread import RoutedJLT, Tread, keep
 from lib.checkpoint import load_denoiser, read_checkpoint
-from lib.run import compile_net
 from model import TARGETS, Denoiser, slope
 from test_all import (
     LOGGED,
@@ -288,16 +287,3 @@ def test_mistakes_are_one_line(cache, plain, finished, tmp_path, refused):
 def test_the_papers_run_imports_no_technique():
     code = "import sys, train; assert not [m for m in sys.modules if m.startswith('ablations')]"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_a_hook_is_called_where_a_network_without_one_was_compiled_before():
-    """By itself torch.compile does not look at hooks: REPA would find nothing tapped."""
-    inputs, seen = (torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([0, 1])), []
-    for hooked in (False, True):
-        net = tiny_net(1, 4, 4, depth=1, bottleneck=0)
-        if not compile_net(net, torch.device("cpu")):
-            pytest.skip("torch.compile is not available")
-        if hooked:
-            net.blocks[0].register_forward_hook(lambda *_: seen.append(1))
-        net(*inputs)
-    assert seen == [1]

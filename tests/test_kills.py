@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, alone and on two ranks, end as if left alone.
 
-    NANOJLT_KILLS=20 python -m pytest tests/test_kills.py        more kills than the usual few
+    NANOJLT_KILLS=20 python -m pytest tests/test_kills.py       more kills and signals than usual
 """
 import os
 import random
@@ -18,6 +18,7 @@ from lib.checkpoint import read_checkpoint
 from test_all import LOGGED, ROOT, flags, log_rows
 
 KILLS = int(os.environ.get("NANOJLT_KILLS") or 3)
+SIGNALS = ["SIGTERM", "SIGHUP", "SIGINT"][:KILLS // 3]  # to torchrun, which takes seconds each
 
 
 def command(cache, out):
@@ -61,7 +62,9 @@ def test_a_run_that_is_killed_again_and_again(left_alone, finished, tmp_path):
 
 
 @pytest.mark.parametrize("left_alone", [2], indirect=True)
-def test_a_sigterm_to_torchrun_saves_and_the_same_command_continues(left_alone, finished, tmp_path):
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_to_torchrun_saves_and_the_same_command_continues(
+        name, left_alone, finished, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
               "train.py", *command(finished[0], tmp_path)]
     with subprocess.Popen(launch, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
@@ -69,10 +72,9 @@ def test_a_sigterm_to_torchrun_saves_and_the_same_command_continues(left_alone, 
         for line in process.stdout:
             printed.append(line)
             if line.startswith("step 4,"):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(getattr(signal, name))
     step = read_checkpoint(tmp_path / "last.safetensors")[1]["step"]
     assert process.returncode and 4 <= step < 24
     assert printed[-1].startswith(f"stopped at step {step}")
-    done = subprocess.run(launch, cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0 and f"at step {step}" in done.stdout
+    assert finish(start(train.main, command(finished[0], tmp_path), ranks=2)) == [0, 0]
     ends_alike(left_alone[1], tmp_path)

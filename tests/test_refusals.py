@@ -1,5 +1,5 @@
-"""A user's mistake is one line that names it, exit code 2, and nothing is written."""
-import os
+"""A user's mistake is one line that names it, exit code 2, and nothing is written.
+(What fid.py refuses of reference files and sample files is in tests/test_metrics.py.)"""
 import shutil
 
 import pytest
@@ -60,10 +60,8 @@ def cases(*table):
 @cases(
     ("no such folder", "--images missing", "--images file"), ("--images", "--images"),
     ("no class folders", "--images empty", "--images flat"), ("--colour", "--colour"),
-    ("expected 1", "--size 0", "--batch 0"), ("invalid int", "--size x"),
-    ("16 or less", "--batch 17"), ("invalid choice: 'fp16'", "--dtype fp16"),
-    ("expected flux2, taef2", "--vae nonsense"),
-    ("cannot be loaded", "--vae nobody/nothing", "--vae empty"),
+    ("expected 1", "--size 0"), ("invalid int", "--size x"), ("16 or less", "--batch 17"),
+    ("expected flux2, taef2", "--vae nonsense"), ("cannot be loaded", "--vae nobody/nothing"),
     ("cannot be written to", "--out file", "--out file/cache"),
     ("inside --images", "--out images", "--out images/cache"),
     ("another images, list, classes", "--images other --out cache --size 8"),
@@ -75,14 +73,11 @@ def test_vae(given, words, refused, nothing_written):
 
 
 @cases(
-    ("--patch", "--patch 3", "--patch 16"), ("--foo", "--foo"),
-    ("1 or more", "--patch 0", "--batch 0", "--steps 0", "--micro 0", "--save-every 0"),
-    ("0 or more", "--lr -1", "--lr nan", "--lr inf", "--seed -1"),
-    ("1 or less", "--ema 1.5", "--decay 2"), ("at most two", "--ema 0.1 0.2 0.3"),
-    ("or less", "--batch 9999999", "--steps " + "9" * 400), ("invalid int", "--steps 1.5"),
-    ("invalid choice", "--target y", "--loss y", "--model Q", "--precision fp16"),
-    ("no latents in", "--latents nowhere", "--latents empty", "--latents x.safetensors",
-     "--val nowhere"), ("another num_classes", "--val three/cache"),
+    ("--patch", "--patch 3", "--patch 16"), ("--foo", "--foo"), ("1 or more", "--micro 0"),
+    ("0 or more", "--lr -1", "--lr nan", "--lr inf"), ("at most two", "--ema 0.1 0.2 0.3"),
+    ("1 or less", "--decay 2"), ("or less", "--steps " + "9" * 400), ("invalid int", "--steps 1.5"),
+    ("invalid choice", "--target y", "--model Q"), ("another num_classes", "--val three/cache"),
+    ("no latents in", "--latents nowhere", "--latents empty", "--latents x.safetensors"),
     ("no such checkpoint", "--init nowhere"), ("patch size 2", "--init x.safetensors"),
     ("it predicts eps, not x", "--init eps.safetensors --patch 2"),
     ("--eval-every needs --ref", "--eval-every 5"), ("--vae nowhere", "--vae nowhere"),
@@ -94,17 +89,15 @@ def test_train(given, words, refused, nothing_written, small_inception):
 
 
 @cases(
-    ("no such checkpoint", "--ckpt none.safetensors", "--ckpt .", "--ckpt cache"),
-    ("(y): give --target", "--ckpt y.safetensors"), ("--foo", "--foo"),
-    ("give --target", "--ckpt mute.safetensors"), ("give --vae", "--ckpt ema.safetensors"),
+    ("no such checkpoint", "--ckpt none.safetensors", "--ckpt ."), ("--foo", "--foo"),
+    ("give --target", "--ckpt mute.safetensors", "--ckpt y.safetensors"),
+    ("give --vae", "--ckpt ema.safetensors"), ("--vae nowhere", "--vae nowhere"),
     ("pos_embed", "--ckpt more.safetensors --target x"),
     ("it has --weights ema", "--ckpt ema.safetensors --weights ema2"),
     ("that network is x", "--target v"), ("that network is 8", "--input-size 16"),
-    ("0 to 4", "--classes 5", "--classes -1"),
-    ("class 'zebra': expected 0 to 4 or a class name", "--classes a zebra"),
-    ("0 or more", "--cfg nan", "--cfg -1", "--seed -1"), ("invalid float", "--cfg x"),
-    ("1 or more", "--steps 0", "--num-samples 0"), ("or less", "--cfg 2000", "--t-eps 2"),
-    ("invalid choice", "--method rk4", "--weights ema3"), ("--vae nowhere", "--vae nowhere"),
+    ("0 to 4 or a class name", "--classes 5", "--classes -1", "--classes a zebra"),
+    ("0 or more", "--cfg nan", "--seed -1"), ("1 or more", "--steps 0", "--num-samples 0"),
+    ("or less", "--cfg 2000", "--t-eps 2"), ("invalid choice", "--method rk4"),
     ("--interval", "--interval 0.9,0.1", "--interval 0,2", "--interval 1", "--interval a,b"),
     ("--t-eps 0 divides by zero", "--ckpt eps.safetensors --t-eps 0"),
     ("folder does not exist", "--out no/such/a.png"), ("besides the 10", "--out flat"),
@@ -114,22 +107,14 @@ def test_sample(given, words, refused, nothing_written):
 
 
 @cases(
-    ("is required", "--ref ref.npz"), ("nothing to compare with", "--images images"),
-    ("give --ref", "--ckpt x.safetensors --save-ref new.npz"),
-    ("0 images found, 2 needed", "--images empty --ref ref.npz"),
-    ("12 images found, 13 needed", "--images images --ref ref.npz --num-samples 13"),
-    ("nowhere.npz", "--images images --ref nowhere.npz", "--npz nowhere.npz --ref ref.npz"),
-    ("32x32 images", "--images images --ref ref32.npz", "@ --ref ref32.npz"),
-    ("--save-ref", "--images images --save-ref no/ref.npz", "--images images --save-ref ref.txt"),
-    ("no such checkpoint", "--ckpt none.safetensors --ref ref.npz"), ("class '9'", "@ --classes 9"),
-    ("0 or more", "@ --cfg 1 nan"), ("--interval", "@ --interval 1,0"),
+    ("0 images found, 2 needed", "--images empty"), ("12 images found", "--images images "
+     "--num-samples 13"), ("32x32 images", "--images images --ref ref32.npz", "@ --ref ref32.npz"),
+    ("no such checkpoint", "--ckpt none.safetensors"), ("class '9'", "@ --classes 9"),
     ("not a table of these", "@ --csv other.csv"), ("does not exist", "@ --csv no/fid.csv"),
-    ("be read as a table", "@ --csv ref.npz"), ("--vae nowhere", "@ --vae nowhere"),
-    ("no weights 'model'", "--ckpt ema.safetensors --ref ref.npz --weights ema model"))
+    ("no weights 'model'", "--ckpt ema.safetensors --weights ema model"))
 def test_fid(given, words, refused, nothing_written, small_inception):
-    """@ is a checkpoint that can be scored."""
-    given = given if "@ --ref" in given else given.replace("@", "@ --ref ref.npz")
-    refused(fid.main, given.replace("@", "--ckpt x.safetensors").split(), words)
+    given = given.replace("@", "--ckpt x.safetensors").split()
+    refused(fid.main, ["--ref", "ref.npz", *given], words)
 
 
 def test_a_disk_that_is_too_small_is_seen_beforehand(place, refused, nothing_written, monkeypatch):
@@ -140,7 +125,7 @@ def test_a_disk_that_is_too_small_is_seen_beforehand(place, refused, nothing_wri
     refused(sample.main, "--ckpt x.safetensors --out new.npz".split(), words)
 
 
-def test_what_is_missing_or_does_not_fit_together(refused, nothing_written, monkeypatch, capsys):
+def test_what_is_missing_or_does_not_fit_together(refused, nothing_written, monkeypatch):
     refused(sample.main, [], "python train.py --demo")
     refused(sample.main, ["--ckpt", "no\x1b[2J\n\udcff.pth"], "no?[2J ?.pth: no such checkpoint")
     refused(train.main, ["--target", "v"], "vae.py --images", "--demo")
@@ -169,27 +154,27 @@ def test_another_run_in_the_folder(given, words, finished, refused, nothing_writ
 
 @pytest.mark.parametrize("step, steps, allowed", [
     (4, 20, True), (5, 20, False), (9, 20, False), (2, 6, True), (3, 6, False)])
-def test_the_number_of_steps_may_change_until_the_learning_rate_has_followed_from_it(
-        step, steps, allowed):
+def test_steps_may_change_until_the_learning_rate_has_followed_from_them(step, steps, allowed):
     """With decay 0.5 of 10 steps it falls from step 5 on; that of a shorter run fell earlier."""
     saved = {"format": 2, "step": step, "steps": 10, "decay": 0.5}
     now = {"format": 2, "steps": steps, "decay": 0.5}
     check_same_run("out", saved | {"decay": 0.0}, now | {"decay": 0.0})
-    if allowed:
+    try:
         check_same_run("out", saved, now)
+    except BadInput as error:
+        assert not allowed and "steps" in str(error)
     else:
-        with pytest.raises(BadInput, match="steps"):
-            check_same_run("out", saved, now)
+        assert allowed
 
 
 @pytest.mark.parametrize("module", [vae, sample, fid, train])
 def test_help_shows_defaults_and_torchrun_lets_every_flag_pass(module, capsys):
     """Torchrun takes what it knows for its own, also abbreviated: --n, --no, --m ..."""
     from torch.distributed.run import get_args_parser
-    with pytest.raises(SystemExit) as done:
+    with pytest.raises(SystemExit):
         module.main(["--help"])
     text = capsys.readouterr().out
-    assert done.value.code == 0 and "(default: None)" not in text and "(default: " in text
+    assert "(default: None)" not in text and "(default: " in text
     for flag in {word.strip("[],") for word in text.split() if "--" in word[:3]} - {"--help"}:
         command = ["--standalone", "--nproc_per_node=2", f"{module.__name__}.py", flag, "7"]
         assert get_args_parser().parse_args(command).training_script_args == [flag, "7"]
@@ -198,6 +183,5 @@ def test_help_shows_defaults_and_torchrun_lets_every_flag_pass(module, capsys):
 def test_a_batch_that_divides_badly_says_which_divides_well(capsys):
     assert split_batch(1018, 256) == (0, 509, 2)
     assert "--batch 768 divides better" in capsys.readouterr().out
-    for batch, most, *passes in ((768, 256, 3, 256), (1024, 256, 4, 256), (64, 256, 1, 64),
-                                 (26, 8, 13, 2), (7, 8, 1, 7)):
+    for batch, most, *passes in ((768, 256, 3, 256), (64, 256, 1, 64), (26, 8, 13, 2)):
         assert split_batch(batch, most) == (0, *passes) and not capsys.readouterr().out
