@@ -1,4 +1,4 @@
-"""When does it matter what a network predicts? A toy that takes half a minute on two cores.
+"""When does it matter what a network predicts? A toy that takes a minute on two cores.
 
     python -m bench.toy --out toy.png
 

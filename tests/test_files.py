@@ -179,8 +179,9 @@ def test_a_damaged_last_is_set_aside_and_previous_continued(run, finished, capsy
     last, previous = run / "last.safetensors", run / "previous.safetensors"
     step4, half = previous.read_bytes(), last.read_bytes()[:last.stat().st_size // 2]
     last.write_bytes(half)
+    (run / ".tmpA1b2C3").write_bytes(half)  # of a save that was killed
     assert train.main(flags(finished[0], run)) == 0
-    assert "at step 4" in capsys.readouterr().out
+    assert "at step 4" in capsys.readouterr().out and not list(run.glob(".tmp*"))
     same_run(finished[1], run)
     assert (run / "last.damaged").read_bytes() == half  # it has not replaced the whole one
     assert previous.read_bytes() == step4

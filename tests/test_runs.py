@@ -120,12 +120,12 @@ def call(module, *argv):
     return code
 
 
-def write_and_draw(work, out):
-    """What one rank and two do alike."""
+def write_and_draw(work, out, batch):
+    """What one rank and two do alike, whatever the batch that is drawn at once."""
     out.mkdir(exist_ok=True)
     call(vae, "--images", work / "images", "--out", out / "cache", "--vae", "pixels", "--size", 16,
          "--batch", 3)
-    network = "--ckpt", work / "a.safetensors", "--steps", 2, "--num-samples", 23, "--batch", 3
+    network = "--ckpt", work / "a.safetensors", "--steps", 2, "--num-samples", 23, "--batch", batch
     call(sample, *network, "--out", out / "all.npz")
     call(sample, *network, "--out", out / "folder")
 
@@ -137,7 +137,7 @@ def two_ranks(work):
     connect()
     vae.SHARD = 4
     out, cache = work / "two", work / "small" / "cache"
-    write_and_draw(work, out)
+    write_and_draw(work, out, 4)
     codes = [call(train, *flags(cache, out / "a"))]
     noise, seen = interrupting([signal.SIGUSR1], 2, sender=1)
     with mock.patch.object(train, "step_noise", noise):
@@ -161,7 +161,7 @@ def both(tmp_path_factory):
     save_tiny(work / "a.safetensors")
     processes = start(two_ranks, work, ranks=2)
     with mock.patch.object(vae, "SHARD", 4):
-        write_and_draw(work, work / "one")
+        write_and_draw(work, work / "one", 3)
     assert finish(processes) == [0, 0]
     return work / "one", work / "two"
 
