@@ -19,6 +19,7 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # pytest -n 4 would start cores x 4 threads
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all tests but one run on the CPU
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 import numpy as np
 import pytest
 import torch
@@ -94,7 +95,7 @@ def flags(cache, out, *more, steps=6):
     """train.py's, for a run of seconds: model T on 4 tokens."""
     return ["--latents", str(cache), "--out", str(out), "--steps", str(steps), *(
         "--model T --patch 4 --batch 8 --lr 1e-3 --warmup 0.4 --ema 0.9 0.5 --save-every 2 "
-        "--log-every 1 --sample-every 4").split(), *map(str, more)]
+        "--log-every 1 --sample-every 6").split(), *map(str, more)]
 
 
 def torchrun(ranks, *command, **env):
@@ -727,9 +728,8 @@ def test_a_run_leaves_checkpoints_exports_and_a_log(trained):
             assert torch.equal(value, tensors[f"{weights}.{key}"])
         assert denoiser.settings["times"] == settings["times"]
     steps, fit, val = zip(*log_rows(out, ("step", "fit", "val")))
-    assert steps == tuple("123456") and fit == val and [bool(f) for f in fit] == [0, 0, 0, 1, 0, 1]
-    assert sorted(path.name for path in (out / "samples").iterdir()) == [
-        "step0000004.png", "step0000006.png"]
+    assert steps == tuple("123456") and fit == val and [bool(f) for f in fit] == [0, 0, 0, 0, 0, 1]
+    assert [path.name for path in (out / "samples").iterdir()] == ["step0000006.png"]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained, tmp_path):
@@ -856,7 +856,8 @@ for part in rank_batches(100, 7):
 statistics.all_reduce()
 both = *statistics.mean_and_covariance(), statistics.inception_score()
 torch.save(both, f"{sys.argv[1]}/{rank()}.pt")
-sys.exit(train.main(sys.argv[2:]))
+del sys.argv[1]
+train.main()
 """
 
 

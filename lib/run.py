@@ -99,8 +99,13 @@ def program(main):
             if rank():  # rank 0 usually prints the same line; torchrun then ends this rank
                 time.sleep(3)
             write_line(sys.stderr, f"error: {printable(line)}")
-        elif dist.is_initialized() and not args:  # called from the command line: this was all
-            dist.destroy_process_group()
+        if dist.is_initialized() and not args:  # called from the command line: this was all
+            # Exit without interpreter shutdown: a gloo thread that frees its last tensor there can
+            # abort the process, and torchrun would call a finished run failed.
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code)
         return code
     return run
 
@@ -214,7 +219,8 @@ class StopSignal:
     def __init__(self):
         self.number, self.received = 0, 0.0
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            under_nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+            if not under_nohup:
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
