@@ -101,7 +101,7 @@ def start(work, *args, ranks=1):
     """Start work(*args) in as many processes as there are ranks; its result is the exit code. They
     are forks of a process that has imported everything already, so they begin within moments."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest"])
+    context.set_forkserver_preload(["conftest", "torch._dynamo"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
