@@ -197,6 +197,7 @@ for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL"):
     delattr(signal, name)
 for name in ("sched_getaffinity", "getuid", "fork"):
     delattr(os, name)
+os.environ["USERNAME"] = "user"  # Windows sets it, and torch asks for it
 import fid, sample, train, vae
 from test_all import flags, small_cache
 cache, out = small_cache(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[1], "run")
