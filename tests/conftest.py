@@ -1,4 +1,5 @@
 """What the tests of this folder share."""
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -115,6 +116,7 @@ def start(work, *args, ranks=1):
 
 def as_rank(environment, work, args):
     os.environ.update(environment)
+    faulthandler.dump_traceback_later(240)  # where a rank hangs, before `finish` ends it
     code = work(*args)
     sys.stdout.flush()
     os._exit(code or 0)  # without what pytest's process would do at its end
@@ -123,7 +125,7 @@ def as_rank(environment, work, args):
 def finish(processes):
     """Wait for processes and return their exit codes, -9 for those that had to be killed."""
     for process in processes:
-        process.join(120)
+        process.join(300)
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
