@@ -10,17 +10,19 @@ import tempfile
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from lib.files import prefetched
 from lib.run import BadInput, barrier, log, printable, rank, rank_batches, warn
 
 Image.init()  # registers all formats now; threads opening the first images would see only some
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; ICC profiles and texts may exceed Pillow's 1 MB
 EXTENSIONS = Image.registered_extensions()
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
            if name in EXTENSIONS.values()]  # AVIF depends on how Pillow was built
 SUFFIXES = {suffix for suffix, name in EXTENSIONS.items() if name in FORMATS}
+
+PNG = b"\x89PNG\r\n\x1a\n"  # how such a file starts
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # pixels, and how to turn them
 
 HIDDEN = (".", "@eaDir", "__MACOSX")  # how the names of hidden files and system folders start
 
@@ -33,14 +35,14 @@ dark_images = []  # the first image that looks like 12-bit data; only this one i
 
 
 def open_image(file, name="an image") -> Image.Image:
-    """Read a path or an open binary file as a PIL image in RGB.
+    """Read an open binary file as a PIL image in RGB.
 
     The image is turned as its EXIF orientation says, transparency is laid on white, 16 bits (always
     0 to 65535) are scaled to 8, and an animation gives its first frame. ICC profiles and all other
     metadata are ignored, as in ADM's and torchvision's loaders. Raises ValueError for 32-bit
     integers and floats, whose range is unknown, and errors of many types for damaged files.
     """
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(io.BytesIO(without_metadata(file.read())), formats=FORMATS) as image:
         is_deep = image.mode.startswith("I") or ";16" in str(image.tile)  # grey or colour
         image.load()
     transposition = exif_transposition(image)
@@ -50,18 +52,34 @@ def open_image(file, name="an image") -> Image.Image:
         raise ValueError(f"{kind} from {low:g} to {high:g}, whose black and white points are "
                          "unknown; convert the image to 8 or 16 bits")
     if image.mode.startswith("I"):
+        largest = image.getextrema()[1]
         values = np.asarray(image, np.float32) * (255 / 65535)          # (H, W)
         image = Image.fromarray(values.round().astype(np.uint8))
-    # In 8 bits, the 4095 of 12-bit data is 15 or 16.
-    if is_deep and not dark_images and np.asarray(image.convert("RGB")).max() <= 16:
+    elif is_deep:  # Pillow keeps the high bytes of 16-bit colours
+        largest = 256 * int(np.asarray(image.convert("RGB")).max())
+    if is_deep and largest < 4096 and not dark_images:
         dark_images.append(name)
-        warn(f"{name}: the values of this 16-bit image are all in the lowest 7% of its range, like "
-             "12-bit data, so it will be dark (only the first such image is named)")
+        warn(f"{name}: the values of this 16-bit image are all below 4096, like 12-bit data, so it "
+             "will be dark (only the first such image is named)")
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image.convert("RGBA"))
     image = image.convert("RGB")
     return image if transposition is None else image.transpose(transposition)
+
+
+def without_metadata(data):
+    """The bytes of a PNG file without its profiles, texts and other metadata, since Pillow refuses
+    whole images where one of those is malformed or large. Other bytes are returned as they are."""
+    if not data.startswith(PNG):
+        return data
+    kept, start = [PNG], len(PNG)
+    while start < len(data):  # a chunk: 4 bytes of length, 4 of type, the content, 4 of checksum
+        end = start + 12 + int.from_bytes(data[start:start + 4], "big")
+        if data[start + 4:start + 8] in PNG_CHUNKS:
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def exif_transposition(image):
