@@ -80,16 +80,12 @@ def save_tiny(path, **settings):
     return nets
 
 
-def use_small_inception(setattr):
-    """fid.py, and what uses it, with the small network. setattr: monkeypatch's or Python's."""
-    network = SmallInception()
-    setattr(fid, "FEATURES", 16)
-    setattr(fid, "load_inception", lambda path, device: network)
-
-
 @pytest.fixture
 def small_inception(monkeypatch):
-    use_small_inception(monkeypatch.setattr)
+    """fid.py, and what uses it, with the small network."""
+    network = SmallInception()
+    monkeypatch.setattr(fid, "FEATURES", 16)
+    monkeypatch.setattr(fid, "load_inception", lambda path, device: network)
 
 
 def small_reference(path, **about):
@@ -105,17 +101,17 @@ def start(work, *args, ranks=1):
     context.set_forkserver_preload(["conftest", "torch._dynamo"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    places = [{"RANK": str(k), "WORLD_SIZE": str(ranks)} for k in range(ranks)]
-    processes = [context.Process(target=as_rank, args=(place | address, work, args))
-                 for place in places]
+        port = free.getsockname()[1]
+    processes = [context.Process(target=as_rank, args=(rank, ranks, port, work, args))
+                 for rank in range(ranks)]
     for process in processes:
         process.start()
     return processes
 
 
-def as_rank(environment, work, args):
-    os.environ.update(environment)
+def as_rank(rank, ranks, port, work, args):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost",
+                      MASTER_PORT=str(port))
     faulthandler.dump_traceback_later(240)  # where a rank hangs, before `finish` ends it
     code = work(*args)
     sys.stdout.flush()

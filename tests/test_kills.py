@@ -70,13 +70,11 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_continues(
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
               "train.py", *command(finished[0], tmp_path)]
     with subprocess.Popen(launch, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
-        printed = []
         for line in process.stdout:
-            printed.append(line)
             if line.startswith("step 4,"):
                 process.send_signal(getattr(signal, name))
     step = read_checkpoint(tmp_path / "last.safetensors")[1]["step"]
     assert process.returncode and 4 <= step < 24
-    assert printed[-1].startswith(f"stopped at step {step}")
+    assert line.startswith(f"stopped at step {step}")
     assert finish(start(train.main, command(finished[0], tmp_path), ranks=2)) == [0, 0]
     ends_alike(left_alone[1], tmp_path)

@@ -1,10 +1,9 @@
-"""How a run behaves among other processes: signals, locks, several ranks, another platform."""
-import contextlib
+"""How a run behaves among other processes: closed terminals, signals, locks, several ranks."""
 import functools
+import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,9 +18,12 @@ from PIL import Image
 import sample
 import train
 import vae
+from lib.checkpoint import read_checkpoint
 from lib.files import lock_folder
-from lib.run import STOP_SIGNALS, BadInput, RunFailed, StopSignal, barrier, connect, program, rank
+from lib.log import append_row, read_table
+from lib.run import connect, cores, program, rank
 from test_all import ROOT, flags, image_folder, log_rows, same_run, shard_bytes, small_cache
+from test_all import write_cache
 
 
 def interrupting(numbers, step, sender=0):
@@ -36,98 +38,119 @@ def interrupting(numbers, step, sender=0):
     return noise, seen
 
 
+# -------------------------------------------------------------------------------------------------
+# Terminals and signals
+
+@pytest.mark.parametrize("stream", [
+    lambda: open("/dev/full", "w"), lambda: None, lambda: io.TextIOWrapper(io.BytesIO(), "ascii")],
+    ids=["cannot be written to", "closed from the start", "ASCII terminal"])
+def test_a_run_survives_its_streams_and_saves_when_stopped(stream, finished, images, monkeypatch):
+    """As after `train.py | tee log` and Ctrl-C, which ends tee as well: nothing can be printed."""
+    monkeypatch.setattr(sys, "stdout", stream())
+    monkeypatch.setattr(sys, "stderr", stream())
+    monkeypatch.setattr(train, "step_noise", interrupting([signal.SIGINT], 1)[0])
+    out = images.parent / "données"
+    assert train.main(flags(finished[0], out, "--save-every", 100)) == 128 + signal.SIGINT
+    assert read_checkpoint(out / "last.safetensors")[1]["step"] == 2
+    (images / "cat" / "naïve.png").write_bytes(b"no image")  # a warning on stderr
+    assert write_cache(images, images.parent / "cache", 16) == 0
+    assert sample.main(["--ckpt", str(out / "nowhere é")]) == 2
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_signal_saves_and_the_run_continues_bit_for_bit(name, tmp_path, monkeypatch, finished):
     """Sent twice, as schedulers do, and SIGTERM after it, as torchrun does."""
-    number, handlers = getattr(signal, name), [*map(signal.getsignal, STOP_SIGNALS)]
+    number, handler = getattr(signal, name), mock.Mock()
     noise, seen = interrupting((number, number, signal.SIGTERM), 2)
-    signal.signal(number, lambda *_: None)  # so that one that is not caught ends no test
-    monkeypatch.setattr(train, "step_noise", noise)
-    assert train.main(flags(finished[0], tmp_path, "--save-every", 100)) == 128 + number
+    signal.signal(number, handler)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(train, "step_noise", noise)
+        assert train.main(flags(finished[0], tmp_path, "--save-every", 100)) == 128 + number
     assert seen == [0, 1, 2] and (tmp_path / "ema.safetensors").exists()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does: it stays ignored
-    monkeypatch.setattr(train, "step_noise", interrupting([signal.SIGHUP], 4)[0])
+    assert signal.getsignal(number) is handler and not handler.called
     assert train.main(flags(finished[0], tmp_path)) == 0
     same_run(finished[1], tmp_path)
-    changed = {number, signal.SIGHUP}
-    assert all(signal.getsignal(other) == handler for other, handler in zip(STOP_SIGNALS, handlers)
-               if other not in changed)
 
 
-def test_a_second_signal_ends_at_once_but_not_within_5_seconds(monkeypatch):
-    end = mock.Mock()
-    monkeypatch.setattr(os, "_exit", end)
-    stop = StopSignal()
-    for now, ended in ((1.0, 0), (1.1, 0), (5.9, 0), (6.1, 1)):
-        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.number == stop.agreed() == signal.SIGUSR1 and end.call_count == ended
-    end.assert_called_with(128 + signal.SIGUSR1)
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path, monkeypatch, finished):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(train, "step_noise", interrupting([signal.SIGHUP], 2)[0])
+    assert train.main(flags(finished[0], tmp_path)) == 0
 
 
 def test_too_little_memory_is_told_in_one_line(refused):
-    """A CPU, CUDA and MPS each say it with an error of their own; other errors keep their trace."""
-    def failing(error):
-        @program
-        def main(argv=None):
-            raise error
-        return main
-
-    with pytest.raises(RuntimeError, match="allocate memory") as of_a_cpu:
-        torch.empty(10**15)
-    for error in (of_a_cpu.value, torch.OutOfMemoryError("of CUDA"), MemoryError(),
-                  RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")):
-        refused(failing(error), [], "out of memory: lower --micro", code=1)
+    """The CPU, CUDA and MPS each say it in their own way. Other errors keep their traceback."""
+    of_mps = RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")
+    for error in torch.OutOfMemoryError("of CUDA"), of_mps, MemoryError():
+        refused(program(mock.Mock(side_effect=error)), [], "out of memory: lower --micro", code=1)
+    refused(program(lambda argv: torch.empty(10**15)), [], "out of memory", code=1)
     with pytest.raises(RuntimeError, match="memory access"):
-        failing(RuntimeError("CUDA error: an illegal memory access"))()
+        program(mock.Mock(side_effect=RuntimeError("an illegal memory access")))()
 
 
-def hold(folder):
-    with lock_folder(folder):
-        (folder / "locked").touch()
-        time.sleep(100)
+@pytest.mark.parametrize("granted, ranks, threads", [(4, "", 4), (64, "", 16), (64, "8", 8)])
+def test_threads_are_for_the_cores_that_the_job_was_granted(granted, ranks, threads, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 256)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(granted)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert cores() == threads
 
 
-def test_a_second_run_is_refused_and_another_host_waited_for(finished, run, refused, monkeypatch):
-    (first,) = processes = start(hold, run)
-    try:
-        while not (run / "locked").exists():
-            time.sleep(0.01)
-        slept, owner = [], f"host {socket.gethostname()}, process {first.pid}"
-        monkeypatch.setattr(time, "sleep", slept.append)
-        monkeypatch.setattr(time, "monotonic", lambda: sum(slept))
-        refused(train.main, flags(finished[0], run), f"another run writes there ({owner}")
-        assert not slept
-        monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
-        with pytest.raises(BadInput, match=owner):
-            lock_folder(run)
-        assert 90 < sum(slept) < 140
-        monkeypatch.setattr(time, "sleep", lambda seconds: first.kill() or first.join())
-        lock_folder(run).close()  # the other host has crashed, and its lock is gone after a while
-    finally:
-        first.kill()
-        finish(processes)
-    assert (run / ".lock").read_text() == f"host elsewhere, process {os.getpid()}"
+# -------------------------------------------------------------------------------------------------
+# Two processes at once
+
+def test_a_second_run_in_the_folder_is_waited_for_and_refused(finished, run, refused, monkeypatch):
+    """The lock of a host that crashed is gone after about 90 seconds on NFS."""
+    first, slept = lock_folder(run), []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(slept))
+    refused(train.main, flags(finished[0], run), "another run writes there")
+    assert 90 < sum(slept) < 140
+    monkeypatch.setattr(time, "sleep", lambda seconds: first.close())
+    assert train.main(flags(finished[0], run)) == 0
+
+
+def first_demo(folder, target):
+    os.chdir(folder)
+    draw_digits = train.draw_digits
+    train.draw_digits = lambda folder, per_class: draw_digits(folder, 100)
+    argv = f"--demo --target {target} --steps 1 --batch 8 --ema 0.1 --sample-every 0".split()
+    command = f"--ckpt out/demo-T8-{target}/ema.safetensors --steps 1 --num-samples 60 --out"
+    return train.main(argv) or sample.main([*command.split(), "all.npz"])
+
+
+def test_two_first_demos_at_once_both_succeed(tmp_path):
+    """They draw the same digits, write the same cache and draw into the same file."""
+    assert finish(start(first_demo, tmp_path, "x") + start(first_demo, tmp_path, "v")) == [0, 0]
+    data = vae.LatentDataset(tmp_path / "data" / "demo-pixels")
+    assert len(data) == 1000 and data.shape == (3, 32, 32) and not data.mirrored
+    assert np.load(tmp_path / "all.npz")["arr_0"].shape == (60, 32, 32, 3)
+    assert sorted(os.listdir(tmp_path)) == ["all.npz", "data", "out"]
+    assert sorted(os.listdir(tmp_path / "data")) == ["demo-digits", "demo-pixels"]
+
+
+def append_rows(table, name):
+    for i in range(20):
+        append_row(table, {"sweep": name, "cfg": i})
+
+
+def test_two_sweeps_into_one_table_lose_no_row(tmp_path):
+    table = tmp_path / "fid.csv"
+    assert finish(start(append_rows, table, "a") + start(append_rows, table, "b")) == [0, 0]
+    assert len(read_table(table)[1]) == 40
 
 
 # -------------------------------------------------------------------------------------------------
 # Two ranks
 
-def call(module, *argv):
-    """A program's work without its end, after which the ranks would be apart."""
-    code = module.main.__wrapped__([str(part) for part in argv]) or 0
-    barrier()
-    return code
-
-
 def write_and_draw(work, out, batch):
     """What one rank and two do alike, whatever the batch that is drawn at once."""
+    vae.SHARD = 4
     out.mkdir(exist_ok=True)
-    call(vae, "--images", work / "images", "--out", out / "cache", "--vae", "pixels", "--size", 16,
-         "--batch", 3)
-    network = "--ckpt", work / "a.safetensors", "--steps", 2, "--num-samples", 23, "--batch", batch
-    call(sample, *network, "--out", out / "all.npz")
-    call(sample, *network, "--out", out / "folder")
+    assert write_cache(work / "images", out / "cache", 16, "--batch", 3) == 0
+    command = f"--ckpt {work}/a.safetensors --steps 2 --num-samples 23 --batch {batch} --out {out}"
+    for name in "all.npz", "folder":
+        assert sample.main(f"{command}/{name}".split()) == 0
 
 
 def two_ranks(work):
@@ -135,21 +158,21 @@ def two_ranks(work):
     from different checkpoints, which must fail (b and c). Train a smaller network plainly (d) and
     compiled, as far as graphs (e)."""
     connect()
-    vae.SHARD = 4
-    out, cache = work / "two", work / "small" / "cache"
-    write_and_draw(work, out, 4)
-    codes = [call(train, *flags(cache, out / "a"))]
+    write_and_draw(work, work / "two", 4)
+
+    def run(name, *more, **steps):
+        return train.main(flags(work / "small" / "cache", work / "two" / name, *more, **steps))
+
+    codes = [run("a")]
     noise, seen = interrupting([signal.SIGUSR1], 2, sender=1)
     with mock.patch.object(train, "step_noise", noise):
-        codes.append(call(train, *flags(cache, out / "b", "--save-every", 100)))
-    codes.append(call(train, *flags(cache, out / "b")))
-    with contextlib.suppress(RunFailed):
-        codes.append(call(train, *flags(cache, out / "bc"[rank()])))
+        codes.append(run("b", "--save-every", 100))
+    codes += [run("b"), run("bc"[rank()])]
     train.SIZES["T"] = dict(hidden_size=32, depth=1, num_heads=2, bottleneck=8)
-    codes.append(call(train, *flags(cache, out / "d", steps=2)))
+    codes.append(run("d", steps=2))
     train.JLT.compile = functools.partialmethod(train.JLT.compile, backend="aot_eager")
-    codes.append(call(train, *flags(cache, out / "e", "--compile", steps=2)))
-    (out / f"rank{rank()}.json").write_text(json.dumps([codes, seen]))
+    codes.append(run("e", "--compile", steps=2))
+    (work / "two" / f"rank{rank()}.json").write_text(json.dumps([codes, seen]))
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +182,9 @@ def both(tmp_path_factory):
     small_cache(work / "small")
     image_folder(work / "images", size=(20, 20))
     save_tiny(work / "a.safetensors")
-    processes = start(two_ranks, work, ranks=2)
-    with mock.patch.object(vae, "SHARD", 4):
-        write_and_draw(work, work / "one", 3)
-    assert finish(processes) == [0, 0]
-    return work / "one", work / "two"
+    one, two = work / "one", work / "two"
+    assert finish(start(write_and_draw, work, one, 3) + start(two_ranks, work, ranks=2)) == [0] * 3
+    return one, two
 
 
 def test_two_ranks_write_and_draw_what_one_does(both):
@@ -177,9 +198,9 @@ def test_two_ranks_write_and_draw_what_one_does(both):
 
 def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(both):
     """And the same command continues, bit for bit. Ranks that would continue from different
-    checkpoints fail instead: there is no exit code of the fourth run."""
+    checkpoints, as in the fourth run, fail instead."""
     (codes, seen), other = (json.loads((both[1] / f"rank{k}.json").read_text()) for k in (0, 1))
-    assert [codes, seen] == other and codes == [0, 128 + signal.SIGUSR1, 0, 0, 0]
+    assert [codes, seen] == other and codes == [0, 128 + signal.SIGUSR1, 0, 1, 0, 0]
     assert seen in ([0, 1, 2], [0, 1, 2, 3])
     same_run(both[1] / "a", both[1] / "b")
 
@@ -207,8 +228,4 @@ assert sample.main(["--ckpt", str(out / "ema.safetensors"), "--out", str(out / "
 
 
 def test_nothing_needs_posix(tmp_path):
-    done = subprocess.run([sys.executable, "-c", WINDOWS, tmp_path], cwd=ROOT, text=True,
-                          capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "a.png").exists()
-    assert log_rows(tmp_path / "run", ["memory_gb"]) == [[""]] * 4
+    subprocess.run([sys.executable, "-c", WINDOWS, tmp_path], cwd=ROOT, check=True)
