@@ -31,8 +31,8 @@ from lib.checkpoint import FLUX2, find_file
 from lib.files import atomic, check_disk, lock_folder, prefetched
 from lib.flags import Parser, number, path, quoted
 from lib.images import list_images, read_image
-from lib.run import BadInput, StopSignal, barrier, cores, gather_objects, log, pick_device
-from lib.run import program, rank, warn, world_size
+from lib.run import BadInput, StopSignal, barrier, cores, gather_objects, log, pick_device, pinned
+from lib.run import program, rank, to_device, warn, world_size
 from lib.taef2 import Taef2
 
 TAEF2 = "madebyollin/taef2"
@@ -230,8 +230,9 @@ def encode_shard(items, images, vae, args, stop, bar):
     (None, reason). Returns (the shard's tensors, the paths left out), or None when asked to stop.
     """
     side = args.size // vae.stride
-    latents = {name: [torch.empty(0, vae.channels, side, side).half()] for name in
-               (["latents"] if args.no_flip else ["latents", "latents_flip"])}
+    none = torch.empty(0, vae.channels, side, side, dtype=torch.float16, device=vae.device)
+    names = ["latents"] if args.no_flip else ["latents", "latents_flip"]
+    latents = {name: [none] for name in names}
     stored = [torch.empty(0, 3, args.size, args.size, dtype=torch.uint8)]
     labels, unreadable = [], []
     for start in range(0, len(items), args.batch):
@@ -252,11 +253,13 @@ def encode_shard(items, images, vae, args, stop, bar):
         batch = torch.stack(batch)                                      # (b, 3, size, size)
         if args.keep_images:
             stored.append(batch)
-        x = from_uint8(batch.to(vae.device))
+        # Nothing waits for the device before the shard is complete, so that the next images are
+        # read and copied while it encodes these.
+        x = from_uint8(to_device(pinned(batch), vae.device))
         for name, parts in latents.items():
             z = vae.encode(x.flip(-1) if name == "latents_flip" else x)
-            parts.append(z.cpu().half())                                # (b, C, h, w)
-    tensors = {name: torch.cat(parts) for name, parts in latents.items()}
+            parts.append(z.half())                                      # (b, C, h, w)
+    tensors = {name: torch.cat(parts).cpu() for name, parts in latents.items()}
     if args.keep_images:
         tensors["pictures"] = torch.cat(stored)
     return tensors | {"labels": torch.tensor(labels, dtype=torch.int64)}, unreadable
@@ -317,7 +320,7 @@ def main(argv=None):
         raise BadInput(f"{root}: none of {len(items)} images can be read; the first: {reasons[0]}")
 
     # Another process may be writing the same cache: then its shards are used.
-    lock = lock_folder(out, wait_for_host=True)
+    lock = lock_folder(out)
     ours = range(rank(), len(shards), world_size())  # no rank waits for another
     todo = [k for k in ours if not is_finished(paths[k], shards[k], settings, root, read)]
     side = args.size // vae.stride

@@ -155,8 +155,7 @@ class LatentDataset:
         self.mirrored = all("latents_flip" in shard for shard in self.shards)
         self.has_images = all("pictures" in shard for shard in self.shards)
         self.vae = ours.get("vae")
-        note = read_note(folder / "source.json")
-        self.vae_path = note.get("path", note.get("hint"))
+        self.vae_path = read_note(folder / "source.json").get("path")
         self.stats = None if ours else read_statistics(folder / "latents_stats.pt", self.shape[0])
 
         facts = json.dumps([[path.name for path in paths], settings, self.shape, str(first.dtype)])

@@ -6,7 +6,6 @@ import itertools
 import os
 import pathlib
 import shutil
-import socket
 import tempfile
 import time
 
@@ -67,41 +66,32 @@ def check_disk(folder, need):
         raise BadInput(f"{folder}: {need / 1e9:.2f} GB of disk needed, {free / 1e9:.2f} GB free")
 
 
-def lock_folder(folder, patience=120, wait_for_host=False):
+def lock_folder(folder, patience=120):
     """Make the folder and lock it, on rank 0. Returns the open lock file: the system drops the lock
-    when it is closed or the process ends. Raises BadInput, naming host and process, where another
-    run writes there for longer than `patience` seconds. A run of another host is waited for because
-    NFS forgets a crashed host's locks only after about 90 seconds; one of this host is refused at
-    once, unless wait_for_host is set."""
+    when it is closed or the process ends. Another run that writes there is waited for, since it may
+    be about to end, and NFS forgets a crashed host's locks only after about 90 seconds. Raises
+    BadInput after `patience` seconds, or where the folder cannot be written to."""
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", errors="replace")
+        file = open(folder / ".lock", "a")
     except OSError as error:
         raise BadInput(f"--out {folder}: cannot be written to ({error.strerror})") from None
-    if rank() or not fcntl:
-        return file
-    deadline, waited_for = time.monotonic() + patience, None
-    while True:
+    start = time.monotonic()
+    while rank() == 0 and fcntl:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read(200)
+            waited = time.monotonic() - start
         except OSError as error:
             log(f"warning: {folder} cannot be locked ({error}): start no second run there")
-            return file
-        refused = f"host {socket.gethostname()}," in owner and not wait_for_host
-        if refused or time.monotonic() > deadline:
-            raise BadInput(f"{folder}: another run writes there ({owner}): choose another --out")
-        if owner != waited_for:
-            log(f"{folder} is locked by {owner}: waiting for up to {patience} s")
-        waited_for = owner
+            break
+        if waited > patience:
+            raise BadInput(f"{folder}: another run writes there: choose another --out")
+        if waited < 2:
+            log(f"another run writes in {folder}: waiting for up to {patience} s")
         time.sleep(2)
-    file.truncate(0)
-    file.write(f"host {socket.gethostname()}, process {os.getpid()}")
-    file.flush()
     return file
 
 

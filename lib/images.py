@@ -34,15 +34,15 @@ TRANSPOSITIONS = {  # by EXIF orientation
 dark_images = []  # the first image that looks like 12-bit data; only this one is warned of
 
 
-def open_image(file, name="an image") -> Image.Image:
-    """Read an open binary file as a PIL image in RGB.
+def open_image(data: bytes, name="an image") -> Image.Image:
+    """Read the content of an image file as a PIL image in RGB.
 
     The image is turned as its EXIF orientation says, transparency is laid on white, 16 bits (always
     0 to 65535) are scaled to 8, and an animation gives its first frame. ICC profiles and all other
     metadata are ignored, as in ADM's and torchvision's loaders. Raises ValueError for 32-bit
     integers and floats, whose range is unknown, and errors of many types for damaged files.
     """
-    with Image.open(io.BytesIO(without_metadata(file.read())), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS) as image:
         is_deep = image.mode.startswith("I") or ";16" in str(image.tile)  # grey or colour
         image.load()
     transposition = exif_transposition(image)
@@ -112,7 +112,7 @@ def read_image(path, size=None):
     disk is no reason to leave an image out: OSError is raised, and so is MemoryError."""
     data = pathlib.Path(path).read_bytes()
     try:
-        image = open_image(io.BytesIO(data), path)
+        image = open_image(data, path)
         image = center_crop(image, size) if size else image
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), None
     except MemoryError:
