@@ -27,11 +27,6 @@ def keep(seed, step, positions, tokens, share) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def gather(tokens, kept):
-    """The tokens (B, N, D) with indices kept (B, K), in their order: (B, K, D)."""
-    return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
 class RoutedJLT(JLT):
     """A JLT whose middle blocks process only the tokens `kept` (B, K), where these are given."""
 
@@ -45,10 +40,11 @@ class RoutedJLT(JLT):
         first, last = len(self.blocks) // 6, 2 * len(self.blocks) // 3
         for block in self.blocks[:first]:
             x = block(x, c, cos, sin)                                   # (B, N, dim)
-        routed = gather(x, self.kept)                                   # (B, K, dim)
+        kept = self.kept[..., None].expand(-1, -1, x.shape[-1])         # (B, K, dim)
+        routed = x.gather(1, kept)                                      # (B, K, dim)
         for block in self.blocks[first:last + 1]:
             routed = block(routed, c, cos[self.kept], sin[self.kept])   # rotary: (B, K, 1, d)
-        x = x.to(routed.dtype).scatter(1, self.kept[..., None].expand_as(routed), routed)
+        x = x.to(routed.dtype).scatter(1, kept, routed)                 # (B, N, dim)
         for block in self.blocks[last + 1:]:
             x = block(x, c, cos, sin)                                   # (B, N, dim)
         return x

@@ -16,7 +16,7 @@ curves   Left, the squared error of the velocity by training step, averaged over
 What the other programs of bench/ need for their charts comes first.
 """
 import argparse
-import math
+import collections
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -30,7 +30,9 @@ from lib.log import read_table
 from lib.run import BadInput, log, pick_device, program
 from vae import open_vae, to_uint8
 
-COLORS = {"x": "tab:blue", "eps": "tab:red", "v": "tab:orange"}
+COLORS = collections.defaultdict(
+    lambda: "tab:green", {"x": "tab:blue", "eps": "tab:red", "v": "tab:orange"})
+DASHES = ("-", "--", ":", "-.")  # of runs with the same target
 PATH_TIMES = [i / 10 for i in range(10)]
 
 
@@ -53,15 +55,6 @@ def image_path(text):
     if file.suffix.lower() != ".png" or not file.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: expected NAME.png in a folder that exists")
     return file
-
-
-def styles(targets, kind="linestyle", choices=("-", "--", ":", "-.")):
-    """Keyword arguments for matplotlib, one dict per entry of `targets`. Each target has its color,
-    and entries with the same target differ in line style (or marker). None is an unknown target,
-    which takes matplotlib's next color."""
-    return [{"color": COLORS.get(target, "tab:green" if target else None),
-             kind: choices[targets[:i].count(target) % len(choices)]}
-            for i, target in enumerate(targets)]
 
 
 def save_figure(figure, file):
@@ -89,11 +82,11 @@ def open_network(file, args):
 
 def draw_samples(args):
     rows, captions = [], []
-    sampling = sample.Sampling(cfg=args.cfg, steps=args.steps, seed=args.seed)
     for file in args.inputs:
         denoiser, vae, classes, names = open_network(file, args)
         settings, patch = denoiser.settings, denoiser.net.patch_size
         name = f"{denoiser.target}, patch {patch}\nstep {settings.get('step', '?')}"
+        sampling = sample.Sampling(cfg=args.cfg)
         images = sample.generate(denoiser, vae, range(args.columns), classes, sampling).cpu()
         rows.append((name, images))
         captions = [names[classes[i % len(classes)]] for i in range(args.columns)]
@@ -101,24 +94,25 @@ def draw_samples(args):
 
 
 def draw_path(args):
-    rows = []
+    paths = []
     for file in args.inputs:
         denoiser, vae, classes, _ = open_network(file, args)
-        latents = predicted_latents(denoiser, classes, args)
+        latents = predicted_latents(denoiser, classes, args.columns, args.cfg)
         images = torch.stack([to_uint8(vae.decode(z)).cpu() for z in latents], 1)
-        rows += [(f"predicts {denoiser.target}\nimage {i}", row) for i, row in enumerate(images)]
-    rows.sort(key=lambda row: int(row[0].split()[-1]))  # the same image of all networks together
+        paths.append((denoiser.target, images))
+    rows = [(f"predicts {target}\nimage {i}", images[i])
+            for i in range(args.columns) for target, images in paths]
     return rows, [*(f"t = {t:g}" for t in PATH_TIMES), "sample"]
 
 
 @torch.inference_mode()
-def predicted_latents(denoiser, classes, args):
-    """The clean latents (columns, C, H, W) as predicted at each of PATH_TIMES, and the samples."""
+def predicted_latents(denoiser, classes, n, cfg):
+    """The clean latents (n, C, H, W) as predicted at each of PATH_TIMES, and the samples."""
     net, device, predicted = denoiser.net, next(denoiser.parameters()).device, {}
-    indices, shape = range(args.columns), (net.in_channels, net.input_size, net.input_size)
-    noise = sample.image_noise(args.seed, indices, shape).to(device)
-    y = sample.balanced_labels(classes, indices).to(device)
-    guided = sample.guided_velocity(denoiser, y, args.cfg)
+    shape = net.in_channels, net.input_size, net.input_size
+    noise = sample.image_noise(0, range(n), shape).to(device)
+    y = sample.balanced_labels(classes, range(n)).to(device)
+    guided = sample.guided_velocity(denoiser, y, cfg)
 
     def velocity(z, t):
         v = guided(z, t)
@@ -146,34 +140,26 @@ def named_rows(rows, captions, margin=90):
 # -------------------------------------------------------------------------------------------------
 # Curves
 
-def read_log(run, column):
-    """{step: (mean error, {t: error})} from a run's log.csv; t is the middle of a bin of times,
-    some of which are empty in small caches. Raises BadInput where nothing is logged."""
-    curve, (_, rows) = {}, read_table(run / "log.csv")
-    for row in rows:
-        if row.get(column):
-            by_time = {(k + 0.5) / 10: float(row[f"{column}_t{k}5"]) for k in range(10)}
-            by_time = {t: error for t, error in by_time.items() if not math.isnan(error)}
-            curve[int(row["step"])] = float(row[column]), by_time
-    if not curve:
-        raise BadInput(f"{run}: no {column!r} in its log.csv; train.py logs it every "
-                       "--sample-every steps, val only with --val CACHE")
-    return curve
-
-
 def draw_curves(args):
-    curves = [read_log(run, args.column) for run in args.inputs]
-    exports = [run / "ema.safetensors" for run in args.inputs]
-    targets = [read_checkpoint(file)[1]["target"] if file.exists() else None for file in exports]
+    targets, column = [], args.column
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2))
-    for run, curve, style in zip(args.inputs, curves, styles(targets)):
-        mean, by_time = curve[max(curve)]
-        style |= {"marker": ".", "label": run.name}
-        left.plot(list(curve), [mean for mean, _ in curve.values()], **style)
-        right.plot(list(by_time), list(by_time.values()), **style)
-        errors = "  ".join(f"{error:.3f}" for error in by_time.values())
-        log(f"{run.name}: step {max(curve)}, mean {mean:.4f}, by t {errors}")
-    left.set(xlabel="training step", title=f"{args.column}: mean over training's times")
+    for run in args.inputs:
+        rows = [row for row in read_table(run / "log.csv")[1] if row.get(column)]
+        if not rows:
+            raise BadInput(f"{run}: no {column!r} in its log.csv; train.py logs it every "
+                           "--sample-every steps, val only with --val CACHE")
+        steps = [int(row["step"]) for row in rows]
+        means = [float(row[column]) for row in rows]
+        by_time = [float(rows[-1][f"{column}_t{k}5"]) for k in range(10)]
+        target = read_checkpoint(run / "ema.safetensors")[1]["target"]
+        style = {"color": COLORS[target], "linestyle": DASHES[targets.count(target) % 4],
+                 "marker": ".", "label": run.name}
+        targets.append(target)
+        left.plot(steps, means, **style)
+        right.plot([(k + 0.5) / 10 for k in range(10)], by_time, **style)
+        errors = "  ".join(f"{error:.3f}" for error in by_time)
+        log(f"{run.name}: step {steps[-1]}, mean {means[-1]:.4f}, by t {errors}")
+    left.set(xlabel="training step", title=f"{column}: mean over training's times")
     right.set(xlabel="time t: noise at 0, data at 1", title="at the last step, by time")
     for panel in (left, right):
         panel.set(yscale="log", ylabel="squared error of the velocity")
@@ -195,8 +181,6 @@ def main(argv=None):
     add("--columns", type=number(int, 1, 20), default=5, help="images per checkpoint")
     add("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all, in turn)")
     add("--cfg", type=number(float, 0, 1000), default=2.0, help="guidance scale")
-    add("--steps", type=number(int, 1), default=50, help="of the ODE solver, for samples")
-    add("--seed", type=number(int, 0), default=0, help="of the noise")
     args = parser.parse_args(argv)
     if args.figure == "curves":
         return draw_curves(args)

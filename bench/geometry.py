@@ -11,14 +11,16 @@ linear prediction from one token would.
 """
 import torch
 
-from bench.figures import image_path, pyplot, save_figure, styles
+from bench.figures import COLORS, image_path, pyplot, save_figure
 from bench.spectrum import best_prediction, evenly_spread, spectrum, token_statistics, tokens
 from lib.checkpoint import load_denoiser
-from lib.flags import Parser, number, path
+from lib.flags import Parser, path
 from lib.run import BadInput, log, pick_device, program
 from model import TARGETS, coefficients
 from sample import image_noise
 from vae import LatentDataset
+
+T, N = 0.3, 512  # the time, near the median of training's; latents on which networks are measured
 
 # Title of each panel: the name of what it shows, in the theory and among what was measured.
 PANELS = {
@@ -30,21 +32,20 @@ PANELS = {
 
 
 @torch.inference_mode()
-def measure(denoiser, data, vectors, t, n, seed=0):
-    """The PANELS of a network at time t, {name: (D,)}, by direction (vectors (D, D), one per
-    column), on n latents: the variance of its prediction, the least-squares coefficient on z, and
-    its squared errors."""
+def measure(denoiser, data, vectors):
+    """The PANELS of a network, {name: (D,)}, by direction (vectors (D, D), one per column): the
+    variance of its prediction, the least-squares coefficient on z, and its squared errors."""
     net, device = denoiser.net, next(denoiser.parameters()).device
-    a, b = coefficients(denoiser.target, t)
+    a, b = coefficients(denoiser.target, T)
     parts = []
-    for indices in evenly_spread(len(data), n):
+    for indices in evenly_spread(len(data), N):
         x, y = data.batch(indices)
         x, y = x.to(device).float(), y.to(device)
-        e = image_noise(seed, indices, data.shape).to(device)
-        z = t * x + (1 - t) * e
-        prediction = net(z, torch.full((len(x),), t, device=device), y).float()
+        e = image_noise(0, indices, data.shape).to(device)
+        z = T * x + (1 - T) * e
+        prediction = net(z, torch.full((len(x),), T, device=device), y).float()
         error = prediction - (a * x + b * e)
-        velocity_error = denoiser.to_velocity(prediction, z, t) - (x - e)
+        velocity_error = denoiser.to_velocity(prediction, z, T) - (x - e)
         parts.append([tokens(value.cpu(), net.patch_size) @ vectors
                       for value in (prediction, z, error, velocity_error)])
     prediction, z, error, velocity_error = map(torch.cat, zip(*parts))  # each (tokens, D)
@@ -55,10 +56,10 @@ def measure(denoiser, data, vectors, t, n, seed=0):
             "velocity error": velocity_error.square().mean(0)}
 
 
-def theory(eigenvalues, t):
+def theory(eigenvalues):
     """{target: the PANELS of the best linear prediction, {name: (D,)}}."""
-    velocity_error = best_prediction("v", eigenvalues, t)["ambiguity"]
-    return {target: best_prediction(target, eigenvalues, t) | {"velocity error": velocity_error}
+    velocity_error = best_prediction("v", eigenvalues, T)["ambiguity"]
+    return {target: best_prediction(target, eigenvalues, T) | {"velocity error": velocity_error}
             for target in TARGETS}
 
 
@@ -76,11 +77,10 @@ def draw(file, title, lines, measured):
     figure.suptitle(title)
     for panel, (head, name) in zip(panels.flat, PANELS.items()):
         panel.set(title=head, xlabel="direction, largest variance of the data first")
-        for (target, rows), style in zip(lines.items(), styles(list(lines))):
-            panel.plot(positions, grouped(rows[name]), label=target, **style)
-        markers = styles([target for target, _ in measured], "marker", "ox^s")
-        for (_, rows), style in zip(measured, markers):
-            panel.scatter(positions, grouped(rows[name]), 14, **style)
+        for target, rows in lines.items():
+            panel.plot(positions, grouped(rows[name]), label=target, color=COLORS[target])
+        for target, rows in measured:
+            panel.scatter(positions, grouped(rows[name]), 14, color=COLORS[target])
         if name != "coefficient":
             panel.set_yscale("log")
             panel.set_ylim(bottom=max(panel.get_ylim()[0], 1e-6))  # some variances are 0
@@ -93,28 +93,23 @@ def main(argv=None):
     add = parser.add_argument
     add("cache", metavar="CACHE", type=path, help="the latents that the networks learned from")
     add("--ckpt", type=path, nargs="+", required=True, help="checkpoints, one per target")
-    add("--t", type=number(float, 0.05, 0.95), default=0.3, help="time")
-    add("--n", type=number(int, 2), default=512, help="latents on which networks are measured")
-    add("--out", type=image_path, default="geometry.png", help="the figure, NAME.png")
+    add("--out", type=image_path, required=True, help="the figure, NAME.png")
     args = parser.parse_args(argv)
-    data, t = LatentDataset(args.cache), args.t
+    data = LatentDataset(args.cache)
     denoisers = [load_denoiser(file, device=pick_device()) for file in args.ckpt]
     patch, measured = denoisers[0].net.patch_size, []
-    eigenvalues, vectors = spectrum(token_statistics(data, patch, 10_000)[1])
-    lines = theory(eigenvalues, t)
+    eigenvalues, vectors = spectrum(token_statistics(data, patch)[1])
+    lines = theory(eigenvalues)
     for file, denoiser in zip(args.ckpt, denoisers):
         net, target = denoiser.net, denoiser.target
         if (net.patch_size, net.in_channels, net.input_size) != (patch, *data.shape[:2]):
             raise BadInput(f"{file}: expected patch {patch}, as the first has, and latents of "
                            f"{data.shape}")
-        rows, line = measure(denoiser, data, vectors, t, args.n), lines[target]
+        rows = measure(denoiser, data, vectors)
         measured.append((target, rows))
-        log(f"{file}: predicts {target}, t = {t:g}: variance of its prediction "
-            f"{rows['asked'].sum():.1f} (line {line['asked'].sum():.1f}), error in its own space "
-            f"{rows['ambiguity'].mean():.4f} (line {line['ambiguity'].mean():.4f}), of the "
-            f"velocity {rows['velocity error'].mean():.4f} "
-            f"(line {line['velocity error'].mean():.4f})")
-    title = f"{args.cache.name}, patch {patch}, t = {t:g}: lines are theory, dots are networks"
+        error, line = rows["velocity error"].mean(), lines[target]["velocity error"].mean()
+        log(f"{file}: predicts {target}, t = {T:g}: velocity error {error:.4f} (line {line:.4f})")
+    title = f"{args.cache.name}, patch {patch}, t = {T:g}: lines are theory, dots are networks"
     draw(args.out, title, lines, measured)
 
 

@@ -39,18 +39,18 @@ def cache_and_patch(text):
     return path(cache), int(patch)
 
 
-def trained_error(args, cache, patch, width, bottleneck, target):
+def trained_error(cache, patch, width, bottleneck, target, steps):
     """The velocity error on unseen images of a network, which is trained unless it is there."""
     SIZES["room"] = dict(hidden_size=width, depth=6, num_heads=width // 32, bottleneck=bottleneck)
-    run = args.runs / f"{cache.name}-{patch}-{width}-{bottleneck}-{target}-{args.steps}"
+    run = f"out/room/{cache.name}-{patch}-{width}-{bottleneck}-{target}-{steps}"
     torch.compiler.reset()  # otherwise the graphs of all runs count against one limit
     code = train.main([
         *RECIPE.split(), "--model", "room", "--patch", str(patch), "--target", target,
         "--latents", str(cache), "--val", str(cache.with_name(f"{cache.name}-test")),
-        "--steps", str(args.steps), "--sample-every", str(args.steps), "--out", str(run)])
+        "--steps", str(steps), "--sample-every", str(steps), "--out", run])
     if code:  # interrupted, or refused with a message
         raise SystemExit(code)
-    return [float(row["val"]) for row in read_table(run / "log.csv")[1] if row.get("val")][-1]
+    return float(read_table(f"{run}/log.csv")[1][-1]["val"])
 
 
 def draw(file, rows):
@@ -78,16 +78,15 @@ def main(argv=None):
         help="channels, multiples of 32")
     add("--bottlenecks", type=number(int, 1), nargs="+", help="(default: the width)")
     add("--steps", type=number(int, 10), default=1000, help="of training")
-    add("--runs", type=path, default="out/room", help="folder of the runs")
     add("--out", type=image_path, help="the figure, NAME.png")
     args = parser.parse_args(argv)
     rows = []
     for cache, patch in args.caches:
-        _, covariance = token_statistics(LatentDataset(cache), patch, 10_000)
+        _, covariance = token_statistics(LatentDataset(cache), patch)
         eigenvalues, _ = spectrum(covariance)
         for width, chosen in itertools.product(args.widths, args.bottlenecks or [None]):
             bottleneck = chosen or width
-            x, v = (trained_error(args, cache, patch, width, bottleneck, target)
+            x, v = (trained_error(cache, patch, width, bottleneck, target, args.steps)
                     for target in "xv")
             narrowest = min(width, bottleneck)
             linear_x, linear_v = (

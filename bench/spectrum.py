@@ -24,8 +24,9 @@ are not Gaussian and a wide network can carry all of it.
 
 In units of v every target is v plus a multiple of z. The family ((1-t) x - k t e)/n, with n² =
 (1-t)² + k t², runs through such multiples: k = 0 is x, k = 1 the v of variance-preserving
-diffusion. Printed is the k that asks least in all, the mean eigenvalue (`best_k`), and with --width
-the k that loses least through a layer of that width, which may be smaller.
+diffusion. The k that asks least in all is the mean eigenvalue at every t, because the sum of "asked
+in v" is (1-t)² / t² times that of s/q² - 2/q + 1/s, with q = n², and least where q is the mean of
+s. With --width the k is printed that loses least through a layer of that width.
 """
 import math
 import statistics
@@ -55,13 +56,13 @@ def evenly_spread(count, n):
     return np.array_split(indices, math.ceil(len(indices) / 64))
 
 
-def token_statistics(data, patch, n):
-    """(mean (D,), covariance (D, D)) of the tokens of up to n latents of a cache, float64. Raises
-    BadInput where the patch size does not divide the latents."""
+def token_statistics(data, patch):
+    """(mean (D,), covariance (D, D)) of the tokens of up to 10,000 latents of a cache, float64.
+    Raises BadInput where the patch size does not divide the latents."""
     if data.shape[1] % patch or data.shape[2] % patch:
         raise BadInput(f"--patch {patch} does not divide latents of {data.shape}")
     count, total, outer = 0, 0, 0
-    for indices in evenly_spread(len(data), n):
+    for indices in evenly_spread(len(data), 10_000):
         x = tokens(data.batch(indices)[0], patch)                       # (tokens, D)
         count, total, outer = count + len(x), total + x.sum(0), outer + x.T @ x
     mean = total / count
@@ -96,25 +97,12 @@ def best_prediction(target, eigenvalues, t):
             "asked in v": asked / slope ** 2, "ambiguity": slope ** 2 * eigenvalues / s}
 
 
-def best_k(eigenvalues, t):
-    """(k, sum over directions of "asked in v") of the target in the family that asks least.
-
-    The slope is n. With q = n², λ - k is (s - q) / t², and the sum is (1-t)² / t² times that of
-    s/q² - 2/q + 1/s. Its derivative by 1/q is zero where q is the mean of s, so where k is the mean
-    of λ, at every t. (The multiple of z that leaves the least variance depends on second moments
-    alone, so the same k is best for other distributions and nonlinear predictions.)
-    """
-    s = t ** 2 * eigenvalues + (1 - t) ** 2
-    least = (1 - t) ** 2 / t ** 2 * (1 / s - 1 / s.mean()).sum()
-    return float(eigenvalues.mean()), float(least)
-
-
-def linear_error(target, eigenvalues, width, times, training_times=TIMES):
+def linear_error(target, eigenvalues, width, times):
     """The squared error of the velocity, per number, at each of `times`, of the best linear
     prediction of the target from z through `width` numbers per token (reduced-rank regression). The
     same directions pass at all times, because the narrowest layer of a network does not depend on
     t: those of which most is asked in the mean of training's times."""
-    asked = sum(best_prediction(target, eigenvalues, t)["asked in v"] for t in training_times)
+    asked = sum(best_prediction(target, eigenvalues, t)["asked in v"] for t in TIMES)
     lost = asked.argsort(descending=True)[width:]
     errors = []
     for t in times:
@@ -122,17 +110,6 @@ def linear_error(target, eigenvalues, width, times, training_times=TIMES):
         asked = best_prediction(target, eigenvalues, t)["asked in v"]   # (D,)
         errors.append(float((ambiguity + asked[lost].sum()) / len(eigenvalues)))
     return errors
-
-
-def effective_dimension(eigenvalues):
-    """(sum λ)² / sum λ²: D where all directions vary alike, 1 where only one varies."""
-    return float(eigenvalues.sum() ** 2 / eigenvalues.square().sum())
-
-
-def directions_for(eigenvalues, share):
-    """How many of the first directions hold this share of the variance."""
-    below = eigenvalues.cumsum(0) < share * eigenvalues.sum()
-    return min(int(below.sum()) + 1, len(eigenvalues))
 
 
 def print_table(eigenvalues, t):
@@ -172,16 +149,19 @@ def main(argv=None):
     add("--patch", type=number(int, 1), default=1, help="patch size, in latent pixels")
     add("--t", type=number(float, 0.001, 0.999), default=0.3, help="time; training's median: 0.31")
     add("--width", type=number(int, 1), help="numbers per token in the network's narrowest layer")
-    add("--n", type=number(int, 1), default=10_000, help="read at most this many latents")
     args = parser.parse_args(argv)
-    mean, covariance = token_statistics(LatentDataset(args.cache), args.patch, args.n)
+    mean, covariance = token_statistics(LatentDataset(args.cache), args.patch)
     eigenvalues, _ = spectrum(covariance)
+    # D where all directions vary alike, 1 where only one varies.
+    effective_dimension = eigenvalues.sum() ** 2 / eigenvalues.square().sum()
+    below = eigenvalues.cumsum(0) < 0.99 * eigenvalues.sum()
     log(f"{args.cache.name}, patch {args.patch}, t = {args.t:g}: tokens of {len(mean)} numbers")
     log(f"mean {mean.mean():.3f}, standard deviation {eigenvalues.mean().sqrt():.3f}, effective "
-        f"dimension {effective_dimension(eigenvalues):.1f}; directions for half of the variance: "
-        f"{directions_for(eigenvalues, 0.5)}, for 99% of it: {directions_for(eigenvalues, 0.99)}\n")
+        f"dimension {effective_dimension:.1f}; directions for 99% of the variance: "
+        f"{below.sum() + 1}\n")
     print_table(eigenvalues, args.t)
-    k, least = best_k(eigenvalues, args.t)
+    k = eigenvalues.mean()
+    least = best_prediction(family(k), eigenvalues, args.t)["asked in v"].sum()
     log(f"family with k = {k:.3f}, the mean eigenvalue: {least:.4g} asked in v, the least")
     if args.width:
         print_linear_errors(eigenvalues, args.width, args.t)

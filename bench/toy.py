@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from bench.figures import COLORS, image_path, pyplot, save_figure
-from lib.flags import Parser, number
+from lib.flags import Parser
 from lib.run import log, program
 from model import Denoiser
 from sample import ode_sample
@@ -47,18 +47,18 @@ def spiral(n, generator):
     return torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 4.7
 
 
-def train(target, axes, steps, batch=256):
+def train(target, axes, steps):
     """A Denoiser trained on spirals in the plane of axes (D, 2)."""
     torch.manual_seed(0)
     denoiser = Denoiser(MLP(len(axes)), target, label_drop=0.0)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=2e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(1)
-    y = torch.zeros(batch, dtype=torch.int64)
+    y = torch.zeros(256, dtype=torch.int64)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, 2 * (1 - step / steps))
-        x = (spiral(batch, generator) @ axes.T)[..., None, None]        # (B, D, 1, 1)
+        x = (spiral(256, generator) @ axes.T)[..., None, None]          # (B, D, 1, 1)
         e = torch.randn(x.shape, generator=generator)
-        t = denoiser.times(torch.randn(batch, generator=generator))
+        t = denoiser.times(torch.randn(256, generator=generator))
         optimizer.zero_grad()
         denoiser(x, y, t, e).backward()
         optimizer.step()
@@ -94,7 +94,6 @@ def outside_span(samples, denoiser):
 def main(argv=None):
     parser = Parser("A curve in more and more dimensions, predicted as x and as v.")
     parser.add_argument("--out", type=image_path, default="toy.png", help="the figure, NAME.png")
-    parser.add_argument("--steps", type=number(int, 1), default=1500, help="of each training")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # products this small gain nothing from a second thread
     figure, panels = pyplot().subplots(
@@ -105,7 +104,7 @@ def main(argv=None):
         axes, _ = torch.linalg.qr(torch.randn(dimensions, 2, generator=generator))  # (D, 2)
         curve = spiral(4000, generator)
         for target, panel in zip(("x", "v"), column):
-            denoiser = train(target, axes, args.steps)
+            denoiser = train(target, axes, steps=1500)
             samples = sample(denoiser, dimensions)
             mean = distance(samples, axes, curve).mean()
             rest = ""
