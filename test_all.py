@@ -17,8 +17,8 @@ import subprocess
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # pytest -n 4 would start cores x 4 threads
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all tests but one run on the CPU
+GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_ON_GPU", "")  # usually on the CPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ import vae
 from lib.checkpoint import load_denoiser, read_checkpoint
 from lib.images import center_crop, read_image
 from lib.log import read_table
-from model import JLT, SIZES, TARGETS, Denoiser, RMSNorm, coefficients, rotary_table, rotate, slope
+from model import JLT, SIZES, TARGETS, Denoiser, RMSNorm, coefficients, rotary_table, rotate
 
 ROOT = pathlib.Path(__file__).resolve().parent
 # Cached, because torch.compile of torch 2.14 asks for the attributes of a cached function here.
@@ -143,20 +143,6 @@ def test_sizes_are_the_papers():
     assert [round(n / 1e6, 1) for n in count] == [130.5, 130.9]
 
 
-def test_names_are_those_of_the_published_weights():
-    norms = "norm1 norm2 attn.q_norm attn.k_norm"
-    layers = "attn.qkv attn.proj mlp.w12 mlp.w3 adaLN_modulation.1"
-    rest = "t_embedder.mlp.0 t_embedder.mlp.2 final_layer.linear final_layer.adaLN_modulation.1"
-    names = {"y_embedder.embedding_table.weight", "final_layer.norm_final.weight"}
-    names |= {f"blocks.{k}.{name}.weight" for k in (0, 1) for name in f"{norms} {layers}".split()}
-    names |= {f"blocks.{k}.{name}.bias" for k in (0, 1) for name in layers.split()}
-    names |= {f"{name}.{part}" for name in rest.split() for part in ("weight", "bias")}
-    two = {"x_embedder.proj1.weight", "x_embedder.proj2.weight", "x_embedder.proj2.bias"}
-    one = {"x_embedder.proj.weight", "x_embedder.proj.bias"}
-    assert tiny_net().state_dict().keys() == names | two
-    assert tiny_net(bottleneck=0).state_dict().keys() == names | one
-
-
 def test_initialisation():
     """Xavier's for products, convolutions counting as matrices; 0.02 for what makes the condition;
     zero for biases, gates, shifts, scales and the output."""
@@ -175,23 +161,6 @@ def test_initialisation():
     assert not any(p.any() for p in zero)
 
 
-def test_a_new_network_predicts_zero_and_its_loss_is_known():
-    (x, y, t, e), net = rows(4), tiny_net()
-    assert not net(x, t, y).any()
-    t4 = t[:, None, None, None]
-    for target, error in {"x": x / (1 - t4), "eps": e / t4, "v": x - e}.items():
-        assert_close(Denoiser(net, target)(x, y, t, e), (error**2).mean())
-
-
-def test_patches_go_round_and_in_the_published_orders():
-    """Out: row, column, channel. In: channel, row, column, as torch's own unfold lists them."""
-    net, x = tiny_net(patch=2, bottleneck=0), torch.randn(2, 3, 8, 8)
-    tokens = x.reshape(2, 3, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 12)
-    assert_close(net.unpatchify(tokens), x)
-    patches, proj = F.unfold(x, 2, stride=2).mT, net.x_embedder.proj
-    assert_close(net.x_embedder(x), F.linear(patches, proj.weight.flatten(1), proj.bias))
-
-
 def test_rotary_positions_are_complex_rotations():
     """The first half of a head's pairs turns with the token's row, the second with its column."""
     x = torch.randn(2, 9, 16)
@@ -202,9 +171,10 @@ def test_rotary_positions_are_complex_rotations():
     assert_close(rotate(x, *rotary_table(3, 16)), turned, atol=1e-5, rtol=1e-5)
 
 
-def plain_forward(net, z, t, y):
-    """The network of two blocks, two heads of 16 and patch 2, once more in plain formulas."""
-    w = net.state_dict()
+def plain_forward(w, z, t, y):
+    """The network of two blocks, two heads of 16 and patches of 2 x 2, once more in plain formulas.
+    w: its parameters, by the names of the published weights."""
+    cos, sin = rotary_table(4, 16)
 
     def norm(x, name):
         return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) * w[f"{name}.weight"]
@@ -212,14 +182,13 @@ def plain_forward(net, z, t, y):
     def linear(x, name):
         return x @ w[f"{name}.weight"].flatten(1).T + w.get(f"{name}.bias", 0)
 
-    def turned(x, name):
-        return rotate(norm(x, name), net.rotary_cos, net.rotary_sin)
-
     angle = t[:, None] * 10000 ** (-torch.arange(128) / 128)
     c = linear(torch.cat([angle.cos(), angle.sin()], 1), "t_embedder.mlp.0")
     c = linear(F.silu(c), "t_embedder.mlp.2") + w["y_embedder.embedding_table.weight"][y]
     c = F.silu(c)[:, None]
-    x = linear(linear(F.unfold(z, 2, stride=2).mT, "x_embedder.proj1"), "x_embedder.proj2")
+    x = F.unfold(z, 2, stride=2).mT  # a patch in the order channel, row, column
+    for name in ("x_embedder.proj", "x_embedder.proj1", "x_embedder.proj2"):
+        x = linear(x, name) if f"{name}.weight" in w else x
     for b in ("blocks.0.", "blocks.1."):
         steer = linear(c, b + "adaLN_modulation.1").split(32, -1)
         shift, scale, gate, shift2, scale2, gate2 = steer
@@ -227,30 +196,30 @@ def plain_forward(net, z, t, y):
         q, k, v = (part.split(16, -1) for part in linear(h, b + "attn.qkv").split(32, -1))
         heads = []
         for head in (0, 1):
-            qh, kh = turned(q[head], b + "attn.q_norm"), turned(k[head], b + "attn.k_norm")
-            heads.append(torch.softmax(qh @ kh.mT / math.sqrt(16), -1) @ v[head])
+            query = rotate(norm(q[head], b + "attn.q_norm"), cos, sin)
+            key = rotate(norm(k[head], b + "attn.k_norm"), cos, sin)
+            heads.append(torch.softmax(query @ key.mT / math.sqrt(16), -1) @ v[head])
         x = x + gate * linear(torch.cat(heads, -1), b + "attn.proj")
         h = norm(x, b + "norm2") * (1 + scale2) + shift2
         left, right = linear(h, b + "mlp.w12").chunk(2, -1)
         x = x + gate2 * linear(F.silu(left) * right, b + "mlp.w3")
     shift, scale = linear(c, "final_layer.adaLN_modulation.1").chunk(2, -1)
     x = linear(norm(x, "final_layer.norm_final") * (1 + scale) + shift, "final_layer.linear")
-    x = x.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(2)  # to channel, row, column
+    x = x.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(2)  # from row, column, channel
     return F.fold(x.mT, z.shape[-2:], 2, stride=2)
 
 
-def test_the_network_is_its_formulas():
-    net = awake(tiny_net())
-    z, y, t, _ = rows(3)
-    assert_close(net(z, t, y), plain_forward(net, z, t, y), atol=2e-5, rtol=2e-4)
-    assert_close(RMSNorm(4)(torch.full((4,), 1e-3)), torch.full((4,), 0.5**0.5))  # its 1e-6 counts
-
-
 @pytest.mark.parametrize("bottleneck", [0, 8])
-def test_every_parameter_gets_a_gradient(bottleneck):
-    denoiser = Denoiser(awake(tiny_net(bottleneck=bottleneck)))
-    denoiser(*rows(8)).backward()
-    assert all(p.grad is not None and p.grad.any() for p in denoiser.parameters())
+def test_the_network_and_its_gradients_are_its_formulas(bottleneck):
+    net, (z, y, t, e) = awake(tiny_net(bottleneck=bottleneck)), rows(8)
+    weights = dict(net.named_parameters())
+    outputs = net(z, t, y), plain_forward(weights, z, t, y)
+    assert_close(*outputs, atol=2e-5, rtol=2e-4)
+    gradients = [torch.autograd.grad((output - e).square().mean(), weights.values())
+                 for output in outputs]
+    assert_close(*gradients, atol=2e-5, rtol=2e-4)
+    assert net.state_dict().keys() == weights.keys()  # nothing else is saved
+    assert_close(RMSNorm(4)(torch.full((4,), 1e-3)), torch.full((4,), 0.5**0.5))  # its 1e-6 counts
 
 
 def test_bf16_stays_close_to_fp32_and_ends_in_fp32():
@@ -273,25 +242,16 @@ def vp(t):
     return (1 - t) / n, -t / n
 
 
-FIVE = TARGETS | {"u": (2, -1), "vp": vp}  # a fourth and a fifth target are one row each
-
-
-@pytest.fixture(params=FIVE)
-def target(request, monkeypatch):
-    for name in ("u", "vp"):
-        monkeypatch.setitem(TARGETS, name, FIVE[name])
-    return request.param
-
-
 class Oracle(torch.nn.Module):
-    """A "network" that knows the answer, and remembers for which labels it was asked."""
+    """A "network" that knows the answer, and remembers what it was asked."""
     num_classes = 5
 
     def __init__(self, answer=None):
         super().__init__()
-        self.answer, self.asked = answer, []
+        self.answer, self.z, self.asked = answer, None, []
 
     def forward(self, z, t, y):
+        self.z = z
         self.asked.append(y.tolist())
         return self.answer
 
@@ -301,74 +261,46 @@ def of(target, x, e, t):
     return a * x + b * e
 
 
-def solved(target, guess, z, t):
-    """The x and e with z = t x + (1-t) e and guess = a x + b e: two linear equations."""
-    equations = torch.tensor([[[s, 1 - s], coefficients(target, s)] for s in t.tolist()])
-    sides = torch.stack([z.flatten(1), guess.flatten(1)], 1)            # (B, 2, C H W)
-    return torch.linalg.solve(equations, sides).view(len(z), 2, *z.shape[1:]).unbind(1)
+@pytest.mark.parametrize("target", [*TARGETS, "vp"])
+def test_the_right_answer_gives_the_velocity_and_no_loss_whatever_the_target(target, monkeypatch):
+    monkeypatch.setitem(TARGETS, "vp", vp)  # a fourth target is one row more
+    x, y, _, e = rows(5)
+    for t in (0.05, 0.3, 0.95):
+        net, times, z = Oracle(of(target, x, e, t)), torch.full((5,), t), t * x + (1 - t) * e
+        denoiser = Denoiser(net, target)
+        assert denoiser(x, y, times, e) < 1e-9
+        assert_close(net.z, z)
+        for time in (t, times):
+            assert_close(denoiser.velocity(z, time, y), x - e, atol=2e-5, rtol=1e-4)
 
 
-def test_a_target_is_linear_in_v_with_its_slope(target):
-    """x = z + (1-t) v and e = z - t v make a x + b e equal to (a+b) z + slope v."""
-    x, _, t, e = rows(6)
-    t4 = t[:, None, None, None]
-    z, v, (a, b) = t4 * x + (1 - t4) * e, x - e, coefficients(target, t4)
-    assert_close((a + b) * z + slope(target, t4) * v, of(target, x, e, t))
-    known = {"x": 0.75, "eps": -0.25, "v": 1, "u": 1.75, "vp": 0.625 ** 0.5}
-    assert slope(target, 0.25).item() == pytest.approx(known[target])
-    floored = [slope(target, s, 0.05).item() for s in (0.01, 0.99)]  # the sign is kept
-    n = (0.99 ** 2 + 0.01 ** 2) ** 0.5
-    known = {"x": (0.99, 0.05), "eps": (-0.05, -0.99), "v": (1, 1), "u": (1.99, 1.01), "vp": (n, n)}
-    assert floored == pytest.approx(known[target])
-    assert slope("eps", 0.0, 0.05) == -0.05
+def test_the_floor_bounds_the_division_and_keeps_its_sign():
+    z, y, _, answer = rows(5)
+    x, eps = Denoiser(Oracle(answer), "x"), Denoiser(Oracle(answer), "eps")
+    assert_close(x.velocity(z, 0.99, y), (answer - z) / 0.05)
+    assert_close(eps.velocity(z, 0.01, y), (answer - z) / -0.05)
+    assert not eps.velocity(answer, 0.0, y).any()
 
 
 def test_a_target_that_says_nothing_about_v_is_refused(monkeypatch):
     monkeypatch.setitem(TARGETS, "sum", (1, 1))  # its slope 1 - 2t is zero at t = 1/2
-    for pair in (("sum", "v"), ("x", "sum"), ("y", "v")):
+    for pair in (("sum", "v"), ("x", "sum"), ("none", "v")):
         with pytest.raises(ValueError, match="target"):
             Denoiser(Oracle(), *pair)
 
 
-@pytest.mark.parametrize("loss", FIVE)
-def test_a_loss_is_the_error_of_prediction_and_truth_both_converted(target, loss):
-    """The slow way: solve prediction and z for x and e, and those for what the loss compares."""
-    x, y, t, e = rows(6)
-    t4 = t[:, None, None, None]
-    z, guess = t4 * x + (1 - t4) * e, rows(6, seed=1)[0]
-    assert Denoiser(Oracle(of(target, x, e, t)), target, loss)(x, y, t, e) < 1e-9
-    error = of(loss, *solved(target, guess, z, t), t) - of(loss, x, e, t)
-    assert_close(Denoiser(Oracle(guess), target, loss)(x, y, t, e), error.square().mean(),
-                 rtol=1e-4, atol=0)
-
-
 @pytest.mark.parametrize("target", TARGETS)
-def test_weights_of_the_losses_are_the_table_with_floored_denominators(target):
-    t = torch.tensor([0.001, 0.01, 0.3, 0.97, 0.999])
+def test_a_loss_is_the_weighted_error_of_the_target(target):
+    """The weights that turn it into the error in another space, with floored denominators."""
+    x, y, _, e = rows(5)
+    guess, t = rows(5, seed=1)[0], torch.tensor([0.001, 0.01, 0.3, 0.97, 0.999])
     one, a, b = torch.ones(5), (1 - t).clamp(min=0.05), t.clamp(min=0.05)
     table = {"x":   {"x": one, "eps": (t / a) ** 2, "v": 1 / a**2},
              "eps": {"x": ((1 - t) / b) ** 2, "eps": one, "v": 1 / b**2},
              "v":   {"x": (1 - t) ** 2, "eps": t**2, "v": one}}
+    error = (guess - of(target, x, e, t)).square().mean((1, 2, 3))
     for loss, weight in table[target].items():
-        assert_close(Denoiser(Oracle(), target, loss).loss_weight(t), weight)
-
-
-def test_the_right_answer_gives_the_same_velocity_whatever_the_target(target):
-    x, y, _, e = rows(5)
-    for t in (0.05, 0.3, 0.95):
-        denoiser, z = Denoiser(Oracle(of(target, x, e, t)), target), t * x + (1 - t) * e
-        for time in (t, torch.full((5,), t)):
-            assert_close(denoiser.velocity(z, time, y), x - e, atol=2e-5, rtol=1e-4)
-    assert_close(Denoiser(Oracle(0 * z), "x").velocity(z, 0.99, y), (0 - z) / 0.05)  # the floor
-    assert not Denoiser(Oracle(e), "eps").velocity(e, 0.0, y).any()
-
-
-@pytest.mark.parametrize("mean, std", [(-0.8, 0.8), (0.5, 1.2)])
-def test_times_are_logit_normal(mean, std):
-    normals = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
-    logits = Denoiser(Oracle(), P_mean=mean, P_std=std).times(normals).logit()
-    assert logits.mean().item() == pytest.approx(mean, abs=0.01)
-    assert logits.std().item() == pytest.approx(std, abs=0.01)
+        assert_close(Denoiser(Oracle(guess), target, loss)(x, y, t, e), (weight * error).mean())
 
 
 def test_the_labels_asked_for_are_dropped_and_no_others():
@@ -395,7 +327,7 @@ def tiny_flux2(folder):
     return net
 
 
-@pytest.mark.parametrize("place, root", [("net", "net"), ("net/vae", "net"), ("vae", "vae")])
+@pytest.mark.parametrize("place, root", [("net/vae", "net"), ("vae", "vae")])
 @torch.no_grad()
 def test_flux2_is_the_mode_then_space_to_depth_then_batchnorm(place, root, tmp_path):
     """And back. Its config.json may lie in the folder named or in vae/ inside it."""
@@ -421,7 +353,7 @@ def test_the_quantiser_inverts_and_rounds():
     assert vae.to_uint8(values).tolist() == [0, 0, 0, 1, 255, 255]
 
 
-@pytest.mark.parametrize("size", [(33, 32), (200, 97), (64, 131), (10, 7), (64, 64), (1, 1)])
+@pytest.mark.parametrize("size", [(33, 32), (200, 97), (10, 7)])
 def test_center_crop_restated(size):
     """ADM's: halve by a box filter while it can, then bicubic, then the middle."""
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
@@ -436,80 +368,50 @@ def test_center_crop_restated(size):
     assert np.array_equal(found, whole[top:top + 32, left:left + 32])
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """Shards of four images, so that a small folder fills several."""
-    monkeypatch.setattr(vae, "SHARD", 4)
-
-
-def read_all(images, size):
-    return torch.stack([read_image(path, size)[0] for path in sorted(images.rglob("*.png"))])
-
-
 def shard_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.glob("latents_*.safetensors")}
 
 
-def test_the_cache_gives_back_images_and_mirrored_images(tmp_path, few):
-    images = image_folder(tmp_path / "images")
-    assert write_cache(images, tmp_path / "cache", 16, "--batch", 3) == 0
-    data, wanted = vae.LatentDataset(tmp_path / "cache"), read_all(images, 16)
-    assert (len(data), data.shape, data.size, data.num_classes) == (14, (3, 16, 16), 16, 2)
-    assert data.class_names == ["cat", "dog"] and data.vae == {"kind": "pixels", "id": "pixels"}
-    x, y = data.batch(range(14))
-    assert x.dtype == torch.float16 and y.tolist() == [0] * 7 + [1] * 7
-    assert torch.equal(vae.to_uint8(x), wanted)
-    rng = np.random.default_rng(0)
-    order, flip = rng.integers(0, 14, 50), rng.random(50) < 0.5
-    mixed = torch.stack([wanted[i].flip(-1) if f else wanted[i] for i, f in zip(order, flip)])
-    assert torch.equal(vae.to_uint8(data.batch(order, flip)[0]), mixed)
-    assert torch.equal(data[-1][0], x[13]) and data[-1][1] == 1
-    assert write_cache(images, tmp_path / "never", 16, "--no-flip") == 0
-    data = vae.LatentDataset(tmp_path / "never")
-    assert not data.mirrored and torch.equal(data.batch(range(14), True)[0], x)
-
-
-def test_the_mirrored_latent_is_the_mirrored_images_latent(tmp_path):
-    """It is not the mirror image of the latent, where the codec is not symmetric."""
+def test_the_cache_holds_the_latents_of_images_and_of_mirrored_images(tmp_path, monkeypatch):
+    """The latter are not the mirrored latents, since a codec is not symmetric."""
+    monkeypatch.setattr(vae, "SHARD", 4)  # so that a small folder fills several
     tiny_flux2(tmp_path / "vae")
-    images, codec = image_folder(tmp_path / "images", 2), vae.load_vae(str(tmp_path / "vae"))
+    images, codec = image_folder(tmp_path / "images"), vae.load_vae(str(tmp_path / "vae"))
     assert write_cache(images, tmp_path / "cache", 32, codec=tmp_path / "vae") == 0
     data = vae.LatentDataset(tmp_path / "cache")
-    wanted = codec.encode(vae.from_uint8(read_all(images, 32)).flip(-1))
-    mirrored = data.batch(range(4), True)[0]
-    assert_close(mirrored, wanted.half(), rtol=1e-3, atol=1e-3)
-    assert (mirrored - data.batch(range(4))[0].flip(-1)).abs().max() > 0.1
+    assert (len(data), data.shape, data.size, data.num_classes) == (14, (24, 2, 2), 32, 2)
+    assert data.class_names == ["cat", "dog"]
     assert (data.vae, data.vae_path) == ({"kind": "flux2", "id": codec.id}, str(tmp_path / "vae"))
+    pixels = torch.stack([read_image(path, 32)[0] for path in sorted(images.rglob("*.png"))])
+    rng = np.random.default_rng(0)
+    order, flip = rng.integers(0, 14, 50), rng.random(50) < 0.5
+    mixed = torch.stack([pixels[i].flip(-1) if f else pixels[i] for i, f in zip(order, flip)])
+    x, y = data.batch(order, flip)
+    assert_close(x, codec.encode(vae.from_uint8(mixed)).half(), rtol=1e-3, atol=1e-3)
+    assert y.tolist() == [i // 7 for i in order]
+    assert torch.equal(data[-1][0], data.batch([13])[0][0]) and data[-1][1] == 1
+    assert write_cache(images, tmp_path / "never", 16, "--no-flip") == 0
+    data = vae.LatentDataset(tmp_path / "never")
+    assert not data.mirrored and torch.equal(*(data.batch(range(14), f)[0] for f in (False, True)))
 
 
-def test_the_cache_is_the_same_bytes_from_two_ranks_and_in_two_pieces(tmp_path, few, monkeypatch):
-    images = image_folder(tmp_path / "images")
-    (images / "cat" / "03.png").write_bytes(b"no image")
-    assert write_cache(images, tmp_path / "one", 16, "--batch", 3) == 0
-    whole = shard_bytes(tmp_path / "one")
-    with monkeypatch.context() as ranks:
-        ranks.setenv("WORLD_SIZE", "2")
-        for number, shards in (("1", 2), ("0", 4)):
-            ranks.setenv("RANK", number)
-            argv = f"--images {images} --out {tmp_path}/two --vae pixels --size 16 --batch 3"
-            assert vae.main.__wrapped__(argv.split()) == 0
-            assert len(shard_bytes(tmp_path / "two")) == shards
-    assert shard_bytes(tmp_path / "two") == whole
-
-    encode, calls = vae.Pixels.encode, []  # a signal in the midst of the third shard
+def test_a_cache_that_was_interrupted_continues_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "SHARD", 4)
+    images, encode, calls = image_folder(tmp_path / "images"), vae.Pixels.encode, []
+    assert write_cache(images, tmp_path / "whole", 16, "--batch", 2) == 0
 
     def interrupted(self, images):
         calls.append(images)
-        if len(calls) == 7:
+        if len(calls) == 9:  # after two shards of two batches, each encoded twice
             os.kill(os.getpid(), signal.SIGTERM)
         return encode(self, images)
     with monkeypatch.context() as stopped:
         stopped.setattr(vae.Pixels, "encode", interrupted)
-        assert write_cache(images, tmp_path / "pieces", 16, "--batch", 3) == 128 + signal.SIGTERM
+        assert write_cache(images, tmp_path / "pieces", 16, "--batch", 2) == 128 + signal.SIGTERM
     first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("pieces/*.safetensors")}
     assert len(first) == 2
-    assert write_cache(images, tmp_path / "pieces", 16, "--batch", 3) == 0
-    assert shard_bytes(tmp_path / "pieces") == whole
+    assert write_cache(images, tmp_path / "pieces", 16, "--batch", 2) == 0
+    assert shard_bytes(tmp_path / "pieces") == shard_bytes(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())  # not again
 
 
@@ -533,49 +435,28 @@ def test_caches_of_others_are_read_batch_for_batch(tmp_path):
 # -------------------------------------------------------------------------------------------------
 # sample.py
 
-def gaussian(var, target, t_eps=0.0):
-    """The velocity of the best network for data x ~ N(0, var): where training would end."""
-    denoiser = Denoiser(Oracle(), target, t_eps=t_eps)
-
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("ab2", 2)])
+def test_the_ode_takes_noise_to_the_data(method, order):
+    """For data x ~ N(0, 4), E[v | z] is known, and the flow is linear: noise z lands on 2 z. The
+    error falls as 1/steps^order."""
     def velocity(z, t):
-        x, e = t * var * z, (1 - t) * z  # E[x | z] and E[e | z], but for the variance of z
-        best = of(target, x, e, t) / (t * t * var + (1 - t) ** 2)
-        return denoiser.to_velocity(best, z, t)
-    return velocity
-
-
-@pytest.mark.parametrize("target", ["x", "v"])
-@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
-def test_the_ode_lands_on_the_gaussian(target, method, order):
-    """Its flow is linear: noise z lands on std * z. The error falls as 1/steps^order."""
-    z = torch.linspace(-2, 2, 64, dtype=torch.float64)
-    ends = [sample.ode_sample(gaussian(4.0, target), z, n, method) for n in (80, 160)]
-    few, many = ((end - 2 * z).norm() / z.norm() for end in ends)
-    assert few / many == pytest.approx(2**order, rel=0.1) and many < 0.05
-
-
-def test_the_floor_leaves_some_noise_and_takes_some_contrast():
-    """In the paper's 50 steps. Data without variance show the noise, of variance 1 the contrast."""
-    def end(var, target, t_eps):
-        z = torch.ones(1, dtype=torch.float64)
-        return sample.ode_sample(gaussian(var, target, t_eps), z, 50).item()
-    assert abs(end(0, "x", 0)) < 1e-9 and 0.01 < end(0, "x", 0.05) < 0.025
-    for target, contrast in {"x": 0.978, "eps": 1.026, "v": 1.0}.items():
-        assert end(1, target, 0.05) == pytest.approx(contrast, abs=0.002)
+        return (4 * t - (1 - t)) * z / (4 * t**2 + (1 - t) ** 2)
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    few, many = ((sample.ode_sample(velocity, z, steps, method) - 2 * z).norm() / z.norm()
+                 for steps in (160, 320))
+    assert few / many == pytest.approx(2**order, rel=0.1) and many < 0.02
 
 
 def test_evaluations_are_counted_as_in_the_paper():
     """50 Heun steps are 99, of which 88 lie in the interval and are guided, in a doubled batch."""
-    def counted(cfg, low, steps=50, method="heun"):
+    def counted(cfg, low):
         net, z = Oracle(torch.zeros(())), torch.zeros(3, 1, 1, 1)
         velocity = sample.guided_velocity(Denoiser(net), torch.zeros(3).long(), cfg, (low, 1.0))
-        sample.ode_sample(velocity, z, steps, method)
+        sample.ode_sample(velocity, z, 50)
         return len(net.asked), net.asked.count([0, 0, 0, 5, 5, 5])
     assert counted(2.9, 0.1) == (99, 88)
     assert counted(2.9, 0.0) == (99, 99)
     assert counted(1.0, 0.0) == (99, 0)
-    assert counted(2.9, 0.1, method="euler") == (50, 44)
-    assert counted(2.9, 0.0, steps=1) == (1, 1)
 
 
 def test_the_papers_settings_are_the_defaults():
@@ -638,23 +519,17 @@ def test_the_stream_shows_every_image_once_an_epoch():
     assert np.array_equal(train.stream(3, np.arange(7, 23), 10), order[7:23])  # however it is cut
 
 
-def test_draws_and_noise_follow_from_seed_step_and_position():
-    whole = train.step_noise(1, 2, 0, 50, (3, 2, 2), "cpu")
-    for first, count in ((0, 7), (7, 9), (15, 2), (16, 34), (49, 1)):
-        part = train.step_noise(1, 2, first, count, (3, 2, 2), "cpu")
+def test_noise_follows_from_seed_step_and_position():
+    """However a batch is divided. Each block of 16 positions has a random stream of its own."""
+    blocks = []
+    for block in range(4):
+        key = np.random.SeedSequence([1, 2, 5, block]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(key))
+        blocks.append(torch.randn(16, 3, 2, 2, generator=generator))
+    whole = torch.cat(blocks)
+    for first, count in ((0, 64), (7, 9), (15, 2), (16, 34), (49, 1)):
+        part = train.step_noise(1, 5, first, count, (3, 2, 2), "cpu")
         assert torch.equal(part, whole[first:first + count])
-    key = np.random.SeedSequence([1, 2, 2, 1]).generate_state(1, np.uint64)[0]  # of block 1
-    block = torch.randn(16, 3, 2, 2, generator=torch.Generator().manual_seed(int(key)))
-    assert torch.equal(whole[16:32], block)
-    many = train.step_noise(0, 0, 0, 4096, (4, 4), "cpu")
-    for other in (many[16:], train.step_noise(1, 0, 0, 4080, (4, 4), "cpu"),
-                  train.step_noise(0, 1, 0, 4080, (4, 4), "cpu")):
-        assert abs(other.mean()) < 0.02 and abs(other.std() - 1) < 0.02
-        assert abs((other * many[:-16]).mean()) < 0.02  # no block, seed or step is like another
-    normals, drop, flip = train.draws(0, 5, 10_000)
-    assert abs(normals.mean()) < 0.03 and abs(normals.std() - 1) < 0.03
-    assert np.abs(np.sort([drop, flip]) - np.linspace(0, 1, 10_000)).max() < 0.02  # uniform
-    assert np.abs(np.corrcoef([normals, drop, flip]) - np.eye(3)).max() < 0.05
 
 
 def test_the_learning_rate_rises_stays_and_falls():
@@ -663,14 +538,6 @@ def test_the_learning_rate_rises_stays_and_falls():
     assert lr[9:71] == [2.0] * 62 and lr[85] == pytest.approx(1.0)
     assert lr[99] == pytest.approx(2 / 30)
     assert [train.learning_rate(step, 10, 2.0, 0, 0.0) for step in (0, 9)] == [2.0, 2.0]
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
-def test_the_ema_is_its_formula(decay):
-    ema, net = ([*network.parameters()] for network in (tiny_net(), awake(tiny_net())))
-    wanted = [decay * a + (1 - decay) * p for a, p in zip(ema, net)]
-    train.update_ema(ema, net, decay)
-    assert_close(ema, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -739,47 +606,38 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained, tmp_path):
 
 
 KILLED = """
-import os, signal, sys, train
+import os, signal, train
 calls, replace = [], os.replace
 def killed(*paths):
     calls.append(paths)
-    os.kill(os.getpid(), signal.SIGKILL) if len(calls) == int(sys.argv[1]) else replace(*paths)
+    os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 5 else replace(*paths)
 os.replace = killed
-train.main(sys.argv[2:])
+train.main()
 """
 
 
 def test_a_run_that_is_killed_while_saving_continues_bit_for_bit(trained, tmp_path):
-    """First when `last` has become `previous` and is not yet replaced, then before that."""
+    """At a moment when `last` has become `previous` and is not yet replaced."""
     command = flags(trained[0], tmp_path, "--save-every", 1)
-    for call, left in ((5, {"previous", "ema"}), (4, {"previous", "ema", "last"})):
-        killed = subprocess.run([sys.executable, "-c", KILLED, str(call), *command], cwd=ROOT)
-        assert killed.returncode == -signal.SIGKILL and list(tmp_path.glob(".tmp*"))
-        assert {path.stem for path in tmp_path.glob("[!.]*.safetensors")} == left
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL and list(tmp_path.glob(".tmp*"))
+    assert {path.stem for path in tmp_path.glob("[!.]*.safetensors")} == {"previous", "ema"}
     assert train.main(command) == 0 and not list(tmp_path.glob(".tmp*"))
     same_run(trained[1], tmp_path, LOGGED)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run(
         trained, tmp_path, monkeypatch, capsys):
-    bad, noise = set(), train.step_noise
+    noise = train.step_noise
     monkeypatch.setattr(train, "step_noise", lambda seed, step, *rest: (
-        noise(seed, step, *rest) * (math.nan if step in bad else 1)))
-
-    def run(steps):
-        code = train.main(flags(trained[0], tmp_path, "--sample-every", 0, steps=steps))
-        return code, *read_checkpoint(tmp_path / "last.safetensors")
-    _, two, _ = run(2)
-    bad |= {2}
-    code, three, settings = run(3)
-    assert code == 0 and settings["skipped"] == 1
-    for name in two:  # but for the averages, which take the same network in once more
-        assert name.startswith("ema") or torch.equal(two[name], three[name])
-    bad |= {3, *range(5, 20)}  # a good one, 4, lies between
-    code, _, settings = run(20)
-    error = capsys.readouterr().err
-    assert code == 1 and "step 10: the gradient was not finite 5 times in a row" in error
-    assert (settings["step"], settings["skipped"]) == (10, 7)
+        noise(seed, step, *rest) * (1 if step in (0, 2) else math.nan)))
+    assert train.main(flags(trained[0], tmp_path, "--sample-every", 0, steps=20)) == 1
+    assert "step 8: the gradient was not finite 5 times in a row" in capsys.readouterr().err
+    (last, settings), (previous, _) = (
+        read_checkpoint(tmp_path / f"{name}.safetensors") for name in ("last", "previous"))
+    assert (settings["step"], settings["skipped"]) == (8, 6)
+    for name in last:  # but for the EMAs, which take the same network in once more
+        assert name.startswith("ema") or torch.equal(last[name], previous[name])
 
 
 def test_fine_tuning_keeps_all_but_the_labels_of_other_classes(trained, tmp_path):
@@ -794,29 +652,19 @@ def test_fine_tuning_keeps_all_but_the_labels_of_other_classes(trained, tmp_path
 # -------------------------------------------------------------------------------------------------
 # fid.py
 
-def test_frechet_distance_has_closed_forms():
-    """Covariances that commute, in any basis; and 2 x 2, where the trace of a root is known."""
-    rng = np.random.default_rng(0)
-    a, b, mu = rng.uniform(0, 3, 32), rng.uniform(0, 3, 32), rng.standard_normal(32)
-    wanted = (mu**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    turn = np.linalg.qr(rng.standard_normal((32, 32)))[0]
-    found = fid.frechet_distance(mu, turn * a @ turn.T, 0 * mu, turn * b @ turn.T)
-    assert found == pytest.approx(wanted, rel=1e-10)
-    s1, s2 = (np.cov(rng.standard_normal((2, 9))) for _ in range(2))
-    root = np.sqrt(np.trace(s1 @ s2) + 2 * np.sqrt(np.linalg.det(s1 @ s2)))
-    found = fid.frechet_distance(np.zeros(2), s1, np.ones(2), torch.from_numpy(s2))
-    assert found == pytest.approx(2 + np.trace(s1 + s2) - 2 * root, rel=1e-10)
-
-
-def test_frechet_distance_of_singular_covariances():
-    """Fewer samples x, y than dimensions: tr((S1 S2)^1/2) is the nuclear norm of x yᵀ."""
+@pytest.mark.parametrize("n, m", [(20, 30), (200, 300)])
+def test_the_frechet_distance_in_another_way(n, m):
+    """Of the Gaussians of n samples x and m samples y, also where those are fewer than dimensions:
+    tr((S1 S2)^1/2) is the nuclear norm of x yᵀ, once both are centred."""
     rng = np.random.default_rng(2)
-    x, y = rng.standard_normal((20, 64)), rng.standard_normal((30, 64)) * 2 + 1
+    x, y = rng.standard_normal((n, 64)), rng.standard_normal((m, 64)) * 2 + 1
     (m1, s1), (m2, s2) = ((part.mean(0), np.cov(part.T)) for part in (x, y))
-    cross = np.linalg.svd((x - m1) @ (y - m2).T, compute_uv=False).sum() / np.sqrt(19 * 29)
-    wanted = ((m1 - m2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
-    assert fid.frechet_distance(m1, s1, m2, s2) == pytest.approx(wanted, rel=1e-8)
+    root = np.linalg.norm((x - m1) @ (y - m2).T, "nuc") / np.sqrt((n - 1) * (m - 1))
+    distance = ((m1 - m2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
+    assert fid.frechet_distance(m1, s1, m2, s2) == pytest.approx(distance, rel=1e-8)
     assert abs(fid.frechet_distance(m1, s1, m1, s1)) < 1e-6  # equal ones are at 0
+    known = fid.frechet_distance([1.0], [[4.0]], [3.0], [[25.0]])
+    assert known == pytest.approx((1 - 3) ** 2 + (2 - 5) ** 2)
 
 
 def plain_inception_score(logits):
@@ -829,7 +677,7 @@ def plain_inception_score(logits):
     return np.mean(scores)
 
 
-@pytest.mark.parametrize("n, batch", [(10, 1), (57, 7), (130, 64)])
+@pytest.mark.parametrize("n, batch", [(10, 1), (57, 7)])
 def test_streamed_statistics_are_those_of_all_at_once(n, batch):
     g = torch.Generator().manual_seed(3)
     x, logits = torch.randn(n, 24, generator=g) + 5, torch.randn(n, 9, generator=g) * 3
@@ -842,38 +690,6 @@ def test_streamed_statistics_are_those_of_all_at_once(n, batch):
     score = plain_inception_score(logits)
     assert statistics.inception_score() == pytest.approx(score, rel=1e-12)
     assert fid.inception_score(logits) == pytest.approx(score, rel=1e-12)
-
-
-TWO_RANKS = """
-import sys, torch, fid, test_all, train
-from lib.run import connect, from_rank_0, rank, rank_batches
-connect()
-assert from_rank_0([rank()]) == [0]
-x = test_all.rows(100, size=2)[0].flatten(1)
-statistics = fid.Statistics(100, features=12, classes=8)
-for part in rank_batches(100, 7):
-    statistics.update(x[list(part)], x[list(part), :8], part)
-statistics.all_reduce()
-both = *statistics.mean_and_covariance(), statistics.inception_score()
-torch.save(both, f"{sys.argv[1]}/{rank()}.pt")
-del sys.argv[1]
-train.main()
-"""
-
-
-def test_two_ranks_measure_and_train_as_one(trained, tmp_path):
-    more, x = flags(trained[0], tmp_path, "--micro", 2), rows(100, size=2)[0].flatten(1)
-    done = torchrun(2, "--no-python", sys.executable, "-c", TWO_RANKS, tmp_path, *more)
-    assert done.returncode == 0, done.stderr
-    for rank in range(2):
-        mu, sigma, score = torch.load(tmp_path / f"{rank}.pt")
-        np.testing.assert_allclose(mu, x.double().mean(0), atol=1e-12)
-        np.testing.assert_allclose(sigma, np.cov(x.double().T), atol=1e-12)
-        assert score == pytest.approx(plain_inception_score(x[:, :8]), rel=1e-12)
-    one, two = (np.array(log_rows(out, LOGGED), float) for out in (trained[1], tmp_path))
-    np.testing.assert_allclose(one, two, rtol=1e-3)
-    a, b = (read_checkpoint(out / "last.safetensors")[0] for out in (trained[1], tmp_path))
-    assert all((a[name] - b[name]).abs().max() < 1e-5 for name in a if name.startswith("model."))
 
 
 class SmallInception(torch.nn.Module):
@@ -890,36 +706,6 @@ class SmallInception(torch.nn.Module):
         return features, self.fc(features)
 
 
-def test_a_network_is_scored_by_what_it_draws(trained, tmp_path, monkeypatch):
-    """By fid.py and, with the same number, by training itself."""
-    inception, rng, ref = SmallInception(), np.random.default_rng(1), tmp_path / "ref.npz"
-    monkeypatch.setattr(fid.Statistics.__init__, "__defaults__", ("cpu", 16, 1008))
-    monkeypatch.setattr(fid, "FEATURES", 16)
-    monkeypatch.setattr(fid, "load_inception", lambda path, device: inception)
-    np.savez(ref, mu=rng.standard_normal(16), sigma=np.cov(rng.standard_normal((16, 40))))
-    denoiser, pixels = load_denoiser(trained[1] / "ema.safetensors"), vae.load_vae("pixels")
-    sampling, reference = sample.Sampling(cfg=2.0, steps=5, seed=3), fid.load_reference(ref)
-    extractors = {"fid": inception}
-    row = fid.evaluate(denoiser, pixels, extractors, reference, 20, sampling, 8, classes=[1, 2])
-    images = [sample.generate(denoiser, pixels, part, [1, 2], sampling)
-              for part in (range(8), range(8, 16), range(16, 20))]
-    features, logits = inception(torch.cat(images))
-    mu, sigma = features.double().mean(0), np.cov(features.double().T)
-    distance = fid.frechet_distance(mu, sigma, reference.mu, reference.sigma)
-    assert row["fid"] == pytest.approx(distance, rel=1e-6)
-    assert row["inception_score"] == pytest.approx(plain_inception_score(logits), rel=1e-6)
-
-    more = "--sample-every", 0, "--eval-every", 6, "--ref", ref, "--eval-n", 12
-    assert train.main(flags(trained[0], tmp_path, *more)) == 0
-    assert fid.main(f"--ckpt {tmp_path}/ema.safetensors --ref {ref} --num-samples 12".split()) == 0
-    (row,), logged = read_table(tmp_path / "fid.csv")[1], log_rows(tmp_path, ("fid", "fid_n"))[-1]
-    assert float(row["fid"]) == pytest.approx(float(logged[0]), rel=1e-6)
-    assert row["cfg"] == "2.9" and row["n"] == logged[1]
-    columns = "target weights interval steps method nfe t_eps vae seed precision classes".split()
-    known = "x ema 0.1,1 50 heun 99 0.05 pixels 0 fp32 all".split()
-    assert [row[name] for name in columns] == known
-
-
 # -------------------------------------------------------------------------------------------------
 # The device, and the layout
 
@@ -927,13 +713,9 @@ def test_a_network_is_scored_by_what_it_draws(trained, tmp_path, monkeypatch):
     not shutil.which("nvidia-smi"), reason="no GPU"))])
 def test_a_device_trains_compiled_in_bf16_resumes_draws_and_scores(device, tmp_path):
     """The same body runs on the CPU, so that what a GPU would run cannot break unseen."""
-    script = tmp_path / "script.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-                      f"import test_all; test_all.on_a_device({device!r}, sys.argv[1])\n")
-    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    visible = {} if VISIBLE is None else {"CUDA_VISIBLE_DEVICES": VISIBLE}
-    done = subprocess.run([sys.executable, script, tmp_path], env=env | visible | hidden, text=True,
+    code = f"import test_all; test_all.on_a_device({device!r}, {str(tmp_path)!r})"
+    env = os.environ | {"TEST_ON_GPU": GPU if device == "cuda" else ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
                           capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
 

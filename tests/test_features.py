@@ -55,9 +55,7 @@ def test_backbones_give_the_features_they_always_gave(kind, size, tmp_path):
     expected = map(torch.tensor, BACKBONES[kind, size])
     for row, numbers in zip((embedding[1, :4], tokens[0, -1, :4]), expected):
         torch.testing.assert_close(row, numbers, rtol=0, atol=1e-4)
-    weight = torch.ones(64, requires_grad=True)
-    (tokens * weight).sum().backward()  # a student's loss may use the tokens
-    assert weight.grad.abs().sum() > 0 and not tokens.requires_grad
+    assert not tokens.requires_grad and not tokens.is_inference()  # a student's loss may use them
 
 
 @pytest.mark.parametrize("kind, reason", [

@@ -1,6 +1,6 @@
 """fid.py beyond the formulas of test_all.py: MMD, references, sample files, tables of scores."""
-import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,10 +9,13 @@ from conftest import save_tiny
 from PIL import Image
 
 import fid
+import train
+from lib.checkpoint import read_checkpoint
 from lib.log import read_table
 from lib.run import BadInput
-from sample import Sampling
-from test_all import SmallInception
+from sample import Sampling, generate
+from test_all import LOGGED, SmallInception, flags, log_rows, plain_inception_score, small_cache
+from test_all import torchrun
 from vae import load_vae
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (14, 6, 10, 3), np.uint8)
@@ -65,13 +68,61 @@ def test_mmds_come_from_10000_embeddings_spread_evenly():
     extractor = SmallInception()
     rows = fid.score(batches, 20_000, {"mmd": extractor})["mmd"]
     first, last = extractor(torch.cat([zeros[:1], zeros[:1] + 1]))[0].half()
-    assert len(rows) == 10_000 and torch.equal(rows[0], first) and torch.equal(rows[4999], first)
-    assert torch.equal(rows[5000], last)
+    assert len(rows) == 10_000 and torch.equal(rows[4999], first) and torch.equal(rows[5000], last)
+
+
+def test_a_network_is_scored_by_what_it_draws(run, tmp_path):
+    denoiser, pixels = fid.load_denoiser(tmp_path / "a.safetensors"), load_vae("pixels")
+    reference, extractors = fid.load_reference("ref.npz"), fid.load_extractors(["fid"])
+    sampling = Sampling(cfg=2.0, steps=5, seed=3)
+    row = fid.evaluate(denoiser, pixels, extractors, reference, 20, sampling, 8, [3, 1])
+    images = generate(denoiser, pixels, range(20), [3, 1], sampling)
+    features, logits = extractors["fid"](images)
+    mu, sigma = features.double().mean(0), np.cov(features.double().T)
+    distance = fid.frechet_distance(mu, sigma, reference.mu, reference.sigma)
+    assert row["fid"] == pytest.approx(distance, rel=1e-6)
+    assert row["inception_score"] == pytest.approx(plain_inception_score(logits), rel=1e-6)
+    assert row["classes"] == "3 1"
+
+    row = fid.evaluate(denoiser, pixels, extractors, reference, 8, sampling)
+    assert row["classes"] not in ("all", "3 1")  # five classes, of which two are drawn once
+    assert row["inception_score"] is None  # of fewer than ten images
+
+
+SMALL = dict(hidden_size=16, depth=1, num_heads=2, bottleneck=4)
+RANK = """
+import fid, test_metrics, train
+fid.FEATURES, fid.load_inception = 16, lambda path, device: test_metrics.SmallInception()
+train.SIZES["T"] = test_metrics.SMALL
+train.main()
+"""
+
+
+def test_training_scores_itself_as_fid_py_does_and_two_ranks_as_one(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.SIZES, "T", SMALL)
+    cache, one, two = small_cache(tmp_path / "small"), tmp_path / "one", tmp_path / "two"
+    more = "--sample-every 0 --cfg 1 --eval-every 6 --eval-n 70 --ref".split()  # of two batches
+    more.append(str(tmp_path / "ref.npz"))
+    assert train.main(flags(cache, one, *more)) == 0
+    run("--ckpt one/ema.safetensors --ref ref.npz --num-samples 70")
+    (scores,), logged = read_table(one / "fid.csv")[1], log_rows(one, ["fid"])[-1]
+    assert float(scores["fid"]) == pytest.approx(float(logged[0]), rel=1e-6)
+
+    command = flags(cache, two, *more, "--micro", 2)
+    done = torchrun(2, "--no-python", sys.executable, "-c", RANK, *command)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(
+        *(np.array(log_rows(out, LOGGED), float) for out in (one, two)), rtol=1e-3)
+    np.testing.assert_allclose(
+        *(np.array(log_rows(out, ["fid", "inception_score"])[-1], float) for out in (one, two)),
+        rtol=1e-3)
+    a, b = (read_checkpoint(out / "last.safetensors")[0] for out in (one, two))
+    assert all((a[name] - b[name]).abs().max() < 1e-5 for name in a if name.startswith("model."))
 
 
 def test_references_of_all_kinds_load_and_others_are_refused(small_inception, tmp_path):
-    """ADM's has further arrays and says nothing of its images; --save-ref's of 1d03df4 has `judges`
-    in its meta. The names, which tables hold, are the ones of 1d03df4."""
+    """ADM's has further arrays and says nothing of its images; ours may hold embeddings. The names,
+    which tables hold, are the ones of 1d03df4."""
     file, arrays = tmp_path / "ref.npz", dict(mu=np.arange(16.0), sigma=np.diag(np.arange(16.0)))
     np.savez_compressed(file, **arrays, mu_s=np.zeros(9), arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     reference = fid.load_reference(file)
@@ -79,18 +130,14 @@ def test_references_of_all_kinds_load_and_others_are_refused(small_inception, tm
     reference.check_size("256x256")  # unknown, so none is refused
 
     embeddings = {name: torch.ones(3, 4).half() for name in ("mmd", "cmmd")}
-    meta = {"hash": "265058e0be60", "size": "32x32", "count": 3, "judges": {"cmmd": "12345678"}}
-    np.savez(file, **arrays, **embeddings, meta=json.dumps(meta))
+    fid.save_reference(file, **arrays, embeddings=embeddings, size="32x32")
     reference = fid.load_reference(file, ["fid", "mmd", "cmmd"])
-    assert reference.hash == "265058e0be60-5f20ca"
+    assert reference.hash == "265058e0be60-5f20ca" and reference.about == {"size": "32x32"}
+    assert torch.equal(reference.embeddings["cmmd"], embeddings["cmmd"])
     with pytest.raises(BadInput, match="32x32 images, those to score are 8x8"):
         reference.check_size("8x8")
     with pytest.raises(BadInput, match="no embeddings for dino"):
         fid.load_reference(file, ["fid", "dino"])
-    again = fid.save_reference(file, **arrays, embeddings=embeddings, size="32x32")
-    assert again.hash == reference.hash and again.about == {"size": "32x32"}
-    assert torch.equal(again.embeddings["cmmd"], embeddings["cmmd"])
-
     for wrong in (dict(mu=np.zeros(8)), dict(mu=np.full(16, np.nan)), dict(meta="{")):
         np.savez(file, **arrays | wrong)
         with pytest.raises(BadInput, match="ref.npz"):
@@ -106,9 +153,7 @@ def test_a_reference_names_the_networks_behind_its_embeddings(run, monkeypatch):
     assert "the cmmd of --ref was made with one" in run(f"{score} --clip two", 2)
 
 
-def test_folders_and_npz_files_are_scored_alike(run, capsys):
-    """Whatever the batch; at distance 0 from their own statistics; with no Inception Score for few
-    images or without a classifier."""
+def test_folders_and_npz_files_are_scored_alike(run):
     first = scores_in(run("--images images --ref ref.npz"))
     for words in ("--images images --batch 3", "--npz plain.npz", "--npz packed.npz --batch 5"):
         assert scores_in(run(f"{words} --ref ref.npz")) == pytest.approx(first, rel=1e-6)
@@ -116,15 +161,12 @@ def test_folders_and_npz_files_are_scored_alike(run, capsys):
     images = torch.cat([batch for _, batch in batches]).permute(0, 2, 3, 1)
     assert (count, size) == (4, "10x6") and np.array_equal(images, PIXELS[[0, 3, 7, 10]])
 
-    run("--images images --size 6 --save-ref own.npz")
-    assert fid.main("--images images --size 6 --ref own.npz".split()) == 0
-    out, err = capsys.readouterr()
-    assert abs(scores_in(out)[0]) < 1e-3 and "FID-14 is not comparable with FID-50K" in err
-    assert "size 6x6, count 14, crop center" in out
-    assert "6x6 images, those to score are 10x6" in run("--npz plain.npz --ref own.npz", 2)
 
-    assert "IS n/a" in run("--images images --ref ref.npz --num-samples 9")
-    fid.load_inception(None, "cpu").fc.weight.data.zero_()
+def test_images_are_at_distance_0_from_their_own_statistics(run):
+    assert "size 6x6, count 14, crop center" in run("--images images --size 6 --save-ref own.npz")
+    assert abs(scores_in(run("--images images --size 6 --ref own.npz"))[0]) < 1e-3
+    assert "6x6 images, those to score are 10x6" in run("--npz plain.npz --ref own.npz", 2)
+    fid.load_inception(None, "cpu").fc.weight.data.zero_()  # as in a file without the classifier
     assert "IS n/a" in run("--images images --ref ref.npz")
 
 
@@ -146,47 +188,23 @@ def test_a_codec_is_scored_by_what_it_reconstructs(run, monkeypatch):
     assert "multiples of 3" in run("--images images --ref ref.npz --vae pixels", 2)
 
 
-OLD_TABLE = """\
-network,target,weights,step,cfg,interval,steps,method,nfe,t_eps,classes,vae,seed,precision,n,\
-reference,fid,inception_score,mmd,cmmd,dino,seconds
-NETWORK,x,ema,100,1,-,2,heun,3,0.05,all,pixels,0,fp32,20,REFERENCE,60.011430,n/a,,,,787.8
-"""
-
-
 def test_a_sweep_scores_only_what_its_table_lacks(run, tmp_path, monkeypatch):
-    """Also in a table that 1d03df4 began."""
-    reference = fid.save_reference(
-        "ref.npz", np.arange(16.0), np.eye(16), {"mmd": torch.eye(16).half()})
-    network = fid.weights_hash(fid.load_denoiser(tmp_path / "a.safetensors").net)
-    table = OLD_TABLE.replace("NETWORK", network).replace("REFERENCE", reference.hash)
-    (tmp_path / "fid.csv").write_text(table)
-    drawn, generate = [], fid.generate
+    fid.save_reference("ref.npz", np.arange(16.0), np.eye(16), {"mmd": torch.eye(16).half()})
+    drawn = []
     monkeypatch.setattr(fid, "generate", lambda *args: drawn.append(args) or generate(*args))
-    sweep = "--ckpt a.safetensors --num-samples 20 --steps 2 --ref ref.npz --weights ema model"
-    out = run(f"{sweep} --cfg 1 2 --interval 0.1,1 0,0.5")
-    assert "FID-20 60.011430  IS n/a  (" in out and len(drawn) == 5     # that one is known
-    columns, rows = read_table("fid.csv")
-    assert (tmp_path / "fid.csv").read_text().startswith(table)
+    sweep = "--ckpt a.safetensors --num-samples 20 --steps 2 --ref ref.npz"
+    run(f"{sweep} --weights ema model --cfg 1 2 --interval 0.1,1 0,0.5")
+    rows = read_table("fid.csv")[1]
     assert [(row["weights"], row["cfg"], row["interval"]) for row in rows] == [
         (weights, *pair) for weights in ("ema", "model")
         for pair in (("1", "-"), ("2", "0.1,1"), ("2", "0,0.5"))]       # at cfg 1 nothing is guided
+    columns = "target step steps method nfe t_eps classes vae seed precision n".split()
+    settings = "x 100 2 heun 3 0.05 all pixels 0 fp32 20".split()
+    assert [rows[0][name] for name in columns] == settings and len(drawn) == 6
 
-    lines = run(f"{sweep} --cfg 2 3").splitlines()[-4:]                 # two of four are new
+    lines = run(f"{sweep} --cfg 2 3 --interval 0.1,1").splitlines()[-2:]  # one of two is new
     assert len(drawn) == 7 and lines[0].startswith(f"FID-20 {rows[1]['fid']}  IS ")
     run(f"{sweep} --cfg 2 --metrics fid mmd")                           # another metric is asked
     rows = read_table("fid.csv")[1]
-    assert len(drawn) == 9 and [bool(row["mmd"]) for row in rows] == [False] * 8 + [True] * 2
-    assert rows[1]["fid"] == rows[8]["fid"]
-
-
-def test_a_row_tells_which_classes_were_drawn_how_often(run, tmp_path):
-    """And `evaluate` gives scores as numbers, or None."""
-    denoiser, pixels = fid.load_denoiser(tmp_path / "a.safetensors"), load_vae("pixels")
-    reference, extractors = fid.load_reference("ref.npz"), fid.load_extractors(["fid"])
-    rows = [fid.evaluate(denoiser, pixels, extractors, reference, n, Sampling(steps=1),
-                         classes=classes)
-            for n, classes in ((10, None), (8, None), (8, [3, 1]))]
-    assert rows[0]["classes"] == "all" and rows[2]["classes"] == "3 1"
-    assert rows[1]["classes"] not in ("all", "3 1")  # five classes, of which two are drawn once
-    assert isinstance(rows[0]["fid"], float) and isinstance(rows[0]["inception_score"], float)
-    assert rows[1]["inception_score"] is None  # of fewer than ten images
+    assert len(drawn) == 8 and [bool(row["mmd"]) for row in rows] == [False] * 7 + [True]
+    assert rows[1]["fid"] == rows[7]["fid"]
