@@ -111,6 +111,7 @@ def main(argv=None):
             if dimensions > WIDTH:
                 rest = f"{outside_span(samples, denoiser).mean():31.3f}"
             log(f"{dimensions:<5}{target:<10}{mean:23.3f}{rest}")
+            panel.scatter(*curve.T, s=1, color="lightgrey")
             panel.scatter(*(samples @ axes).T, s=2, color=COLORS[target],
                           label=f"distance {mean:.2f}")
             panel.set_title(f"predicts {target}, D = {dimensions}", fontsize=9)
