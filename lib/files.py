@@ -11,7 +11,7 @@ import time
 
 from safetensors import SafetensorError
 
-from lib.run import BadInput, RunFailed, log, rank
+from lib.run import BadInput, RunFailed, barrier, log, rank
 
 try:
     import fcntl
@@ -67,10 +67,11 @@ def check_disk(folder, need):
 
 
 def lock_folder(folder, patience=120):
-    """Make the folder and lock it, on rank 0. Returns the open lock file: the system drops the lock
-    when it is closed or the process ends. Another run that writes there is waited for, since it may
-    be about to end, and NFS forgets a crashed host's locks only after about 90 seconds. Raises
-    BadInput after `patience` seconds, or where the folder cannot be written to."""
+    """Make the folder and lock it, on rank 0; called by all ranks. Returns the open lock file: the
+    system drops the lock when it is closed or the process ends. Another run that writes there is
+    waited for, since it may be about to end, and NFS forgets a crashed host's locks only after
+    about 90 seconds. Raises BadInput after `patience` seconds, or where the folder cannot be
+    written to."""
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,7 @@ def lock_folder(folder, patience=120):
         if waited < 2:
             log(f"another run writes in {folder}: waiting for up to {patience} s")
         time.sleep(2)
+    barrier()  # no rank reads the folder while another run may still be saving
     return file
 
 
