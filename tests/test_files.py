@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import stat
+import threading
 from unittest import mock
 
 import numpy as np
@@ -19,7 +20,7 @@ import train
 import vae
 from fid import load_reference
 from lib.cache import check_latents, open_shard, read_statistics
-from lib.checkpoint import load_denoiser
+from lib.checkpoint import load_denoiser, read_checkpoint, save_checkpoint
 from lib.files import atomic
 from lib.inception import load_inception
 from lib.run import BadInput
@@ -205,6 +206,23 @@ def test_damaged_checkpoints_are_not_taken_for_a_new_run(run, finished, refused)
         (run / f"{name}.safetensors").write_bytes(b"rubbish")
     refused(train.main, flags(finished[0], run), "its checkpoints are damaged")
     assert (run / "last.safetensors").read_bytes() == b"rubbish"
+
+
+def test_a_run_of_another_format_is_refused_and_its_export_loads(run, finished, refused):
+    """As those of commit 1d03df4, whose optimizer is stored in another way."""
+    for name in ("last", "ema"):
+        tensors, settings = read_checkpoint(run / f"{name}.safetensors")
+        save_checkpoint(run / f"{name}.safetensors", tensors, settings | {"format": 1})
+    refused(train.main, flags(finished[0], run), "commit 1d03df4")
+    assert load_denoiser(run / "ema.safetensors").settings["step"] == 6
+
+
+def test_a_checkpoint_is_read_in_the_instant_between_two_renames(run):
+    last = (run / "last.safetensors").rename(run / "aside")
+    timer = threading.Timer(0.05, lambda: last.rename(run / "last.safetensors"))
+    timer.start()
+    assert load_denoiser(run / "last.safetensors").settings["step"] == 6
+    timer.join()
 
 
 def test_a_torn_line_of_a_log_is_dropped(run, finished):
