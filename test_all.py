@@ -34,7 +34,7 @@ import train
 import vae
 from lib.checkpoint import load_denoiser, read_checkpoint
 from lib.images import center_crop, read_image
-from lib.log import read_table
+from lib.log import error_by_time, read_table
 from model import JLT, SIZES, TARGETS, Denoiser, RMSNorm, coefficients, rotary_table, rotate
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -597,6 +597,20 @@ def test_a_run_leaves_checkpoints_exports_and_a_log(trained):
     steps, fit, val = zip(*log_rows(out, ("step", "fit", "val")))
     assert steps == tuple("123456") and fit == val and [bool(f) for f in fit] == [0, 0, 0, 0, 0, 1]
     assert [path.name for path in (out / "samples").iterdir()] == ["step0000006.png"]
+
+
+def test_the_error_by_time_is_weighted_by_how_often_training_draws_each_time(trained):
+    """Of a network that predicts v as 0, so that its error is v² itself."""
+    data = vae.LatentDataset(trained[0])
+    found = error_by_time(Denoiser(tiny_net(), "v"), data, torch.device("cpu"), False)
+    noise = np.random.default_rng(0).standard_normal((40, 3, 8, 8), dtype=np.float32)
+    errors = (data.batch(range(40))[0].float() - torch.from_numpy(noise)).square().mean((1, 2, 3))
+    bins = torch.tensor([int(10 * (i * 0.6180339887 % 1)) for i in range(40)])
+    by_time = torch.stack([errors[bins == k].mean() for k in range(10)])
+    edges = (torch.arange(11) / 10).logit()
+    share = torch.special.ndtr((edges + 0.8) / 0.8).diff()  # t = sigmoid(n), n ~ N(-0.8, 0.8²)
+    assert [found[f"fit_t{k}5"] for k in range(10)] == pytest.approx(by_time.tolist())
+    assert found["fit"] == pytest.approx((share * by_time).sum().item(), rel=1e-4)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained, tmp_path):
