@@ -449,6 +449,9 @@ def main(argv=None):
     out = args.save_ref
     if not args.ref and (args.ckpt or not out):
         raise BadInput("nothing to compare with: give --ref (--images with --save-ref makes one)")
+    for name in ("cfg", "interval", "classes", "t_eps", "target", "csv"):
+        if not args.ckpt and getattr(args, name) is not None:
+            raise BadInput(f"--{name.replace('_', '-')} is for samples: it needs --ckpt")
     if out and (args.ckpt or args.vae or "fid" not in args.metrics):
         raise BadInput("--save-ref: expected --images or --npz as they are, without --vae, and fid "
                        "among --metrics")

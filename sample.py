@@ -255,18 +255,21 @@ def write_npz(file, n, size, batches):
     shape = n, size, size, 3
     check_disk(file.parent, 2 * math.prod(shape))
     rows_file = from_rank_0(file.with_name(f".tmp-{os.getpid()}-{file.name[-60:]}.npy"))
-    if rank() == 0:
-        np.lib.format.open_memmap(rows_file, "w+", np.uint8, shape)
-    barrier()
-    table = np.lib.format.open_memmap(rows_file, "r+")
-    for indices, images in batches:
-        table[indices.start:indices.stop] = images.permute(0, 2, 3, 1).cpu().numpy()
-    table.flush()
-    barrier()
-    if rank() == 0:
-        with atomic(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            archive.write(rows_file, "arr_0.npy")
-        rows_file.unlink()
+    try:
+        if rank() == 0:
+            np.lib.format.open_memmap(rows_file, "w+", np.uint8, shape)
+        barrier()
+        table = np.lib.format.open_memmap(rows_file, "r+")
+        for indices, images in batches:
+            table[indices.start:indices.stop] = images.permute(0, 2, 3, 1).cpu().numpy()
+        table.flush()
+        barrier()
+        if rank() == 0:
+            with atomic(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+                archive.write(rows_file, "arr_0.npy")
+    finally:
+        if rank() == 0:
+            rows_file.unlink(missing_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------

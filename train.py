@@ -39,8 +39,8 @@ from lib.flags import Parser, number, path, quoted
 from lib.images import draw_digits
 from lib.log import Log, error_by_time
 from lib.run import BadInput, RunFailed, StopSignal, compile_net, compiled_graphs, data_parallel
-from lib.run import log, mean_over_ranks, peak_memory, pick_device, pinned, program, rank
-from lib.run import split_batch, to_device, uncompiled, use_bf16, world_size
+from lib.run import gather_objects, log, mean_over_ranks, peak_memory, pick_device, pinned, program
+from lib.run import rank, split_batch, to_device, uncompiled, use_bf16, world_size
 from model import JLT, SIZES, TARGETS, Denoiser
 from sample import Sampling, draw_grid
 
@@ -282,11 +282,12 @@ def main(argv=None, ablation=None):
     if tensors:
         check_same_run(args.out, saved, settings)
         restore(tensors, saved["optimizer"], net, emas, extra, optimizer)
+        del tensors  # they would keep the old file on disk
         step, skipped = saved["step"], skipped + saved["skipped"]
         log(f"continues {args.out} at step {step}")
     else:  # three checkpoints (weights, two moments, EMAs) and an export, 4 bytes a number
         check_disk(args.out, 4 * size * (3 * (3 + len(emas)) + len(emas)))
-    if mean_over_ranks(torch.tensor(step, dtype=torch.float64)) != step:
+    if len(set(gather_objects(step))) > 1:
         raise RunFailed(f"the ranks found different checkpoints, this one that of step {step}: do "
                         "all nodes see the same --out?")
     if step >= args.steps:

@@ -31,7 +31,7 @@ from lib.checkpoint import FLUX2, find_file
 from lib.files import atomic, check_disk, lock_folder, prefetched
 from lib.flags import Parser, number, path, quoted
 from lib.images import list_images, read_image
-from lib.run import BadInput, StopSignal, barrier, cores, gather_objects, log, pick_device, pinned
+from lib.run import BadInput, StopSignal, cores, gather_objects, log, pick_device, pinned
 from lib.run import program, rank, to_device, warn, world_size
 from lib.taef2 import Taef2
 
@@ -153,8 +153,6 @@ def load_vae(name="flux2", device="cpu", dtype="fp32") -> Codec:
     try:
         is_taef2 = source == TAEF2 or any(folder.glob("taef2_encoder.*"))
         net = Taef2(source) if is_taef2 else AutoEncoder(source)
-    except MemoryError:
-        raise
     except Exception as error:  # a missing network or a broken file can fail in any way
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise BadInput(f"--vae {name}: cannot be loaded ({reason}): check the network and HF_HOME, "
@@ -210,13 +208,13 @@ def is_finished(shard, items, settings, root, read):
     note = read_note(shard.with_suffix(".json"))
     if note:
         changed = note["stamp"] != file_stamp(root, items)
-    else:  # older caches have none
+    else:  # of an older cache, or killed before its note was written
         written = shard.stat().st_mtime
         changed = any((root / name).stat().st_mtime > written for name, _ in items)
     if changed:
         log(f"{shard.name}: its images have changed since it was written: encoding them again")
         return False
-    # An image may have been left out because its disk was away.
+    # Another version of Pillow, say, may read what was left out.
     return all(read(name)[0] is None for name in theirs["unreadable"])
 
 
@@ -330,12 +328,8 @@ def main(argv=None):
     need = per_image * sum(len(shards[k]) for k in all_todo)
     log(f"{len(all_todo)} of {len(shards)} shards to write, {need / 1e9:.2f} GB")
     check_disk(out, need)
-    if rank() == 0:
-        for stale in out.glob(".tmp*"):  # of a run that was killed
-            stale.unlink()
-        if vae.path:
-            write_note(out / "source.json", path=vae.path)
-    barrier()
+    if rank() == 0 and vae.path:
+        write_note(out / "source.json", path=vae.path)
     jobs, threads = [name for k in todo for name, _ in shards[k]], cores()
     images = prefetched(read, jobs, threads, 2 * (args.batch + threads))
     with lock, tqdm(total=len(jobs), unit="image", disable=rank() > 0 or None) as bar:

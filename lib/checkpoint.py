@@ -194,16 +194,15 @@ def weights_hash(net) -> str:
     return digest.hexdigest()[:8]
 
 
-def newest_checkpoint(weights="ema", folder="out"):
-    """The file with these weights of the newest run: the small export where it is enough."""
-    names = ("ema", "last", "previous") if weights != "model" else ("last", "previous", "ema")
-    files = [path for name in names
-             for path in pathlib.Path(folder).glob(f"*/{name}.safetensors")]
+def newest_checkpoint(weights="ema"):
+    """The file with these weights of the newest run in out/: the small export where it is enough.
+    """
+    name = "last" if weights == "model" else "ema"
+    files = list(pathlib.Path("out").glob(f"*/{name}.safetensors"))
     if not files:
-        raise BadInput(f"no checkpoint in {folder}/: train one (python train.py --demo takes "
-                       "minutes) or give --ckpt FILE")
-    run = max(files, key=lambda path: path.stat().st_mtime).parent
-    return next(path for path in files if path.parent == run)
+        raise BadInput("no checkpoint in out/: train one (python train.py --demo takes minutes) or "
+                       "give --ckpt FILE")
+    return max(files, key=lambda path: path.stat().st_mtime)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -223,7 +222,8 @@ def run_tensors(net, emas, extra, optimizer):
     tensors |= export_tensors(emas) | {f"extra.{name}": p for name, p in extra.items()}
     state = optimizer.state_dict()
     if not state["state"]:  # as of an optimizer that wraps others and leaves their state to them
-        log("warning: the optimizer gives no state to save, so the run would not resume exactly")
+        log("warning: the optimizer gives no state to save: if it has any, the run will not resume "
+            "exactly")
     rest = {"param_groups": state["param_groups"], "state": {}}
     for index, values in state["state"].items():
         rest["state"][index] = {}
@@ -255,9 +255,6 @@ def resume_point(out):
     """(tensors, settings) of the newest whole checkpoint in a run's folder, or (None, None). A
     damaged `last` is set aside, because the next save would move it over the whole `previous`."""
     last, previous = out / "last.safetensors", out / "previous.safetensors"
-    if rank() == 0:  # which holds the folder's lock
-        for stale in out.glob(".tmp*"):  # of a save that was killed; safetensors has some, too
-            stale.unlink()
     existing = [path for path in (last, previous) if path.exists()]
     for path in existing:
         try:

@@ -67,8 +67,9 @@ def check_disk(folder, need):
 
 
 def lock_folder(folder, patience=120):
-    """Make the folder and lock it, on rank 0; called by all ranks. Returns the open lock file: the
-    system drops the lock when it is closed or the process ends. Another run that writes there is
+    """Make the folder, lock it and remove what a killed save has left there, on rank 0; called by
+    all ranks. Returns the open lock file: the system drops the lock when it is closed or the
+    process ends. Another run that writes there is
     waited for, since it may be about to end, and NFS forgets a crashed host's locks only after
     about 90 seconds. Raises BadInput after `patience` seconds, or where the folder cannot be
     written to."""
@@ -93,6 +94,9 @@ def lock_folder(folder, patience=120):
         if waited < 2:
             log(f"another run writes in {folder}: waiting for up to {patience} s")
         time.sleep(2)
+    if rank() == 0:
+        for stale in folder.glob(".tmp*"):  # of a save that was killed; safetensors has some, too
+            stale.unlink()
     barrier()  # no rank reads the folder while another run may still be saving
     return file
 

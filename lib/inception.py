@@ -4,7 +4,6 @@ Modules are named as in the published weight file. The network's quirks (TensorF
 average pools that leave out the padding, a max pool in the last block) change FID by more than
 methods differ. They all follow torch-fidelity, which the paper used.
 """
-import pathlib
 
 import torch
 import torch.nn as nn
@@ -181,21 +180,17 @@ def load_inception(path=None, device="cpu") -> Inception:
     """Inception in eval mode. path: its weights, by default torch-fidelity's file in torch
     hub's cache, or else a download into it, whose hash is checked. Raises BadInput."""
     inception = Inception()
-    if path is None:
-        cache = pathlib.Path(torch.hub.get_dir(), "checkpoints")
-        path = cache / URL.split("/")[-1]
-        try:
-            if not path.exists():
-                cache.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(URL, path, "6726825d", progress=False)
-        except (OSError, RuntimeError) as error:
-            raise BadInput(f"Inception's weights cannot be downloaded ({error}): put {URL} into "
-                           f"{cache}, or give --inception FILE") from None
     try:
-        inception.load_state_dict(torch.load(path, "cpu", weights_only=True))
+        if path:
+            weights = torch.load(path, "cpu", weights_only=True)
+        else:
+            weights = torch.hub.load_state_dict_from_url(
+                URL, map_location="cpu", progress=False, check_hash=True, weights_only=True)
+        inception.load_state_dict(weights)
     except Exception as error:  # a damaged or unsafe pickle raises errors of many kinds
         readable = isinstance(error, (OSError, RuntimeError))
         reason = str(error)[:150] if readable else type(error).__name__
-        raise BadInput(f"{path}: not Inception's weights, as in {URL} ({reason})") from None
+        raise BadInput(f"{path or 'torch hub'}: not Inception's weights ({reason}): download {URL} "
+                       "and give --inception FILE") from None
     inception = inception.eval().requires_grad_(False)
     return inception.to(device, memory_format=torch.channels_last)

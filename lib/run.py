@@ -169,10 +169,7 @@ def mean_over_ranks(tensor):
 
 def from_rank_0(value):
     """Rank 0's value, on every rank."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
+    return gather_objects(value)[0]
 
 
 def gather_objects(value) -> list:

@@ -8,6 +8,9 @@ import signal
 import socket
 import sys
 
+# test_all comes first: it sets the environment that torch and huggingface_hub read when imported.
+from test_all import ROOT, SmallInception, awake, flags, image_folder, small_cache, tiny_net
+
 import numpy as np
 import pytest
 
@@ -16,16 +19,14 @@ import train
 import vae
 from lib.checkpoint import export_tensors, save_checkpoint
 from lib.run import STOP_SIGNALS
-from test_all import ROOT, SmallInception, awake, flags, image_folder, small_cache, tiny_net
 
 # Where other processes that tests start find the programs and this file.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 @pytest.fixture(autouse=True)
-def offline_and_with_its_own_signals(monkeypatch):
-    """No test asks the network, and no program's handlers outlive their test."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def own_signals():
+    """No program's handlers outlive their test."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     yield

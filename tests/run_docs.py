@@ -16,25 +16,25 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = ("README", "docs/tutorial", "docs/your-images", "docs/results", "docs/metrics",
          "docs/techniques", "docs/extending", "docs/speed", "docs/running")
 LEFT_OUT = (  # what such commands contain
-    "torchrun", "imagenet", "hf download", "curl", "cifar-10-binary", "checkpoint-last",
-    "facebook/", "data/mine", "out/mine", "study_", "out/targets", "out/nine", "FOLDER-val",
-    "pytest")
+    "torchrun", "imagenet", "hf download", "checkpoint-last", "facebook/", "data/mine", "out/mine",
+    "study_", "out/targets", "out/nine", "FOLDER-val", "pytest")
 SHORT = {  # what would take long: the flags that make it short, of which the last ones count
     "train.py": "--steps 40 --sample-every 20 --save-every 20", "sample.py": "--steps 5",
     "fid.py": "--num-samples 60 --steps 5", "ablations.": "--steps 4", "bench.speed": "--quick",
     "bench.room": "--steps 10 --widths 32", "--model B": "--steps 2 --batch 4 --sample-every 0"}
 
 
-def commands(page):
-    """The commands on a page: of indented lines and of blocks marked as sh."""
+def commands(page, language="sh"):
+    """The commands on a page: of indented lines and of blocks marked as sh. (Blocks marked as bash
+    need a change of the code first, or are to be refused.)"""
     text = (ROOT / f"{page}.md").read_text().replace("\\\n", " ")
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    blocks = re.findall(rf"```(?:{language})\n(.*?)```", text, re.S)
     indented = "".join(f"    {line}\n" for block in blocks for line in block.splitlines())
     text = indented + re.sub("```.*?```", "", text, flags=re.S)
     for line in re.findall(r"^    (.+)$", text, re.M):
         line = re.split(r"\s{3,}|\s+#", line.strip())[0]
         for command in line.split(" && "):
-            if re.match(r"(\w+=\S+ )*(python|pip|torchrun|srun|hf|curl|bash) ", command):
+            if re.match(r"(\w+=\S+ )*(python|pip|torchrun|srun|hf|bash) ", command):
                 yield re.sub(" +", " ", command)
 
 

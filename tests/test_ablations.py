@@ -3,10 +3,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import finish, start
 from torch.testing import assert_close
 
 import train
 import vae
+from ablations import table
 from ablations.contrastive import Contrastive, contrastive_loss
 from ablations.repa import Repa, alignment, on_grid, spatial_norm
 from ablations.repa_contrastive import RepaContrastive
@@ -14,17 +16,7 @@ from ablations.repa_tread import RepaTread
 from ablations.tread import RoutedJLT, Tread, keep
 from lib.checkpoint import load_denoiser, read_checkpoint
 from model import TARGETS, Denoiser, slope
-from test_all import (
-    LOGGED,
-    awake,
-    flags,
-    log_rows,
-    rows,
-    same_run,
-    small_cache,
-    tiny_net,
-    torchrun,
-)
+from test_all import LOGGED, awake, flags, log_rows, rows, same_run, small_cache, tiny_net
 
 
 class Stub(torch.nn.Module):
@@ -67,6 +59,19 @@ WAYS = {  # class, its flags
 def run(way, cache, out, *more, **steps):
     technique, own = WAYS[way]
     return train.main([*own, *flags(cache, out, *NO_GRIDS, *more, **steps)], technique)
+
+
+def run_all(cache, out, *more):
+    return any(run(way, cache, out / way, *more) for way in WAYS)
+
+
+@pytest.fixture(scope="module")
+def both(cache, tmp_path_factory):
+    """The folders of the runs that one rank made and that two made in micro-batches."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    assert not run_all(cache, one)
+    assert finish(start(run_all, cache, two, "--micro", 2, ranks=2)) == [0, 0]
+    return one, two
 
 
 # -------------------------------------------------------------------------------------------------
@@ -132,7 +137,6 @@ def test_routing_keeps_the_share_asked_for_by_seed_step_and_place():
     assert torch.equal(keep(1, 7, np.array([4, 5]), 16, 0.3), kept[4:])
     assert not torch.equal(keep(1, 8, np.arange(6), 16, 0.3), kept)
     assert not torch.equal(keep(2, 7, np.arange(6), 16, 0.3), kept)
-    assert torch.equal(keep(0, 0, range(2), 16, 0), torch.arange(16).expand(2, 16))
 
 
 @pytest.mark.parametrize("depth, first, last", [(12, 2, 8), (6, 1, 4)])
@@ -170,40 +174,33 @@ def test_without_weight_it_is_the_plain_run_bit_for_bit(technique, own, cache, p
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_technique_resumes_bit_for_bit_and_differs_from_the_plain_run(
-        way, cache, plain, tmp_path):
-    assert run(way, cache, tmp_path / "whole") == 0
+        way, cache, plain, both, tmp_path):
+    out = both[0] / way
     for steps in (4, 6):
-        assert run(way, cache, tmp_path / "parts", steps=steps) == 0
-    same_run(tmp_path / "whole", tmp_path / "parts", LOGGED)
-    tensors, _ = read_checkpoint(tmp_path / "whole" / "last.safetensors")
+        assert run(way, cache, tmp_path, steps=steps) == 0
+    same_run(out, tmp_path, LOGGED)
+    tensors, _ = read_checkpoint(out / "last.safetensors")
     theirs, _ = read_checkpoint(plain / "last.safetensors")
     key = "model.blocks.3.mlp.w3.weight"
     assert not torch.equal(tensors[key], theirs[key])
     assert any(name.startswith("extra.") for name in tensors) == ("repa" in way)
-    exported, settings = read_checkpoint(tmp_path / "whole" / "ema.safetensors")
+    exported, settings = read_checkpoint(out / "ema.safetensors")
     assert {name.split(".")[0] for name in exported} == {"ema", "ema2"}
-    assert type(load_denoiser(tmp_path / "whole" / "ema.safetensors")) is Denoiser
+    assert type(load_denoiser(out / "ema.safetensors")) is Denoiser
     if "repa" in way:
-        aligned = log_rows(tmp_path / "whole", ["alignment"])
+        aligned = log_rows(out, ["alignment"])
         until = settings["ablation"]["until"] or 6
         assert [bool(value) for value, in aligned] == [step < until for step in range(6)]
 
 
-def test_techniques_train_alike_on_two_ranks_and_in_micro_batches(cache, tmp_path):
-    """Two of them; alignment ends at step 4 of 6."""
-    assert run("repa_tread", cache, tmp_path / "one") == 0
-    assert run("repa_tread", cache, tmp_path / "micro", "--micro", 2) == 0
-    done = torchrun(2, "-m", "ablations.repa_tread", *WAYS["repa_tread"][1],
-                    *flags(cache, tmp_path / "two", *NO_GRIDS))
-    assert done.returncode == 0, done.stderr
-    one, _ = read_checkpoint(tmp_path / "one" / "last.safetensors")
-    for other in ("micro", "two"):
-        tensors, _ = read_checkpoint(tmp_path / other / "last.safetensors")
-        for key, value in one.items():
-            if key.startswith(("model.", "extra.")):
-                assert_close(tensors[key], value, rtol=1e-3, atol=1e-5)
-        logs = (np.array(log_rows(tmp_path / out, LOGGED), float) for out in ("one", other))
-        np.testing.assert_allclose(*logs, rtol=2e-3)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_technique_trains_alike_on_two_ranks_and_in_micro_batches(way, both):
+    one, two = (read_checkpoint(out / way / "last.safetensors")[0] for out in both)
+    for key, value in one.items():
+        if key.startswith(("model.", "extra.")):
+            assert_close(two[key], value, rtol=1e-3, atol=1e-5)
+    logs = (np.array(log_rows(out / way, LOGGED), float) for out in both)
+    np.testing.assert_allclose(*logs, rtol=2e-3)
 
 
 def test_the_teacher_sees_the_image_mirrored_when_its_latent_is(cache):
@@ -217,13 +214,42 @@ def test_the_teacher_sees_the_image_mirrored_when_its_latent_is(cache):
     assert train.main(argv, Watched) == 0 and seen == [True] * 6
 
 
-def test_mistakes_are_one_line(cache, plain, finished, tmp_path, refused):
+def test_mistakes_are_one_line(cache, finished, tmp_path, refused):
     def training(technique):
         return lambda argv: train.main(argv, technique)
-    refused(training(Contrastive), flags(cache, plain), "another ablation")
     refused(training(Repa), [*REPA, *flags(finished[0], tmp_path)], "--keep-images")
     refused(training(Repa), ["--teacher", "nowhere:load", *flags(cache, tmp_path)], "nowhere")
     refused(training(Repa), [*REPA, "--after", "9", *flags(cache, tmp_path)], "--after 9")
     refused(training(RepaTread), [*REPA, "--conv", *flags(cache, tmp_path)], "needs all tokens")
     assert run("tread", cache, tmp_path / "half", steps=2) == 0
     refused(training(Tread), flags(cache, tmp_path / "half", "--share", "0.25"), "another ablation")
+
+
+# -------------------------------------------------------------------------------------------------
+# The table of a study
+
+LOG = """step,loss,images_per_s,fit,fit_t05,val
+100,0.9,10,,,
+200,0.8,30,0.5,0.4,0.75
+300,0.7,20,,,
+"""
+SCORES = """weights,cfg,interval,method,nfe,t_eps,n,fid,inception_score,mmd
+ema,1,-,heun,99,0.05,5000,61.5,3.5,0.25
+ema,3,"0.1,1",ab2,27,0,5000,48.25,4.5,
+"""
+
+
+def test_the_table_has_the_numbers_of_all_runs(tmp_path, capsys):
+    for name, scores in ("x", SCORES), ("v", None):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text(LOG)
+        if scores:
+            (tmp_path / name / "fid.csv").write_text(scores)
+    assert table.main([str(tmp_path / "x"), str(tmp_path / "v")]) == 0
+    columns, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+                         for line in capsys.readouterr().out.splitlines()]
+    logged = {"step": "300", "fit": "0.5", "val": "0.75", "images/s": "20"}
+    scored = {"FID-5000, cfg 1": "61.5", "MMD-5000, cfg 1": "0.25",
+              "FID-5000, cfg 3, ab2 27, floor 0": "48.25"}
+    assert [dict(zip(columns, row)) for row in rows] == [
+        {"run": "x"} | logged | scored, {"run": "v"} | logged | dict.fromkeys(scored, "")]

@@ -1,14 +1,10 @@
 """What bench/ computes, against closed forms and against draws from Gaussians."""
-import io
-import tarfile
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from bench import cifar10, figures, geometry, solvers, spectrum, speed, toy
+from bench import figures, geometry, solvers, spectrum, speed, toy
 from model import JLT, SIZES, TARGETS, Denoiser, coefficients, slope
 from test_all import flags, small_cache
 from train import main as train_main
@@ -139,24 +135,3 @@ def test_speed_times_the_steps_that_train_py_takes(plain, tmp_path):
         step()
     for name, value in net.state_dict().items():
         torch.testing.assert_close(value.cpu(), weights[f"model.{name}"], rtol=1e-3, atol=1e-5)
-
-
-def test_cifar10s_archive_becomes_class_folders(tmp_path, refused):
-    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
-    records = [bytes([label]) + image.transpose(2, 0, 1).tobytes()
-               for label, image in zip((1, 0, 1), images)]
-    files = {f"{name}.bin": b"".join(records) for name in cifar10.PARTS}
-    files["batches.meta.txt"] = b"cat\ndog\n\n"
-    archive = tmp_path / "whole.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    assert cifar10.main([str(archive), str(tmp_path / "out")]) == 0
-    assert len(list(tmp_path.glob("out/train/*/*.png"))) == 15
-    for i, (label, image) in enumerate(zip(("dog", "cat", "dog"), images)):
-        file = tmp_path / f"out/test/{label}/test_batch-{i:05d}.png"
-        assert np.array_equal(np.asarray(Image.open(file)), image)
-    archive.write_bytes(archive.read_bytes()[:5000])
-    refused(cifar10.main, [archive, tmp_path / "out"], "cifar-10-binary")

@@ -5,12 +5,10 @@ import struct
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import lib.images
-from lib.images import FORMATS, draw_digits, folder_images, image_files, list_images, open_image
-from lib.images import read_image
+from lib.images import FORMATS, draw_digits, image_files, list_images, open_image, read_image
 from lib.run import BadInput
 
 RANDOM = np.random.default_rng(0)
@@ -140,10 +138,10 @@ def test_an_unreadable_folder_ends_the_listing(tmp_path, monkeypatch):
 def test_classes_and_what_is_not_taken_are_logged(tmp_path, capsys):
     many = [f"n{i:04d}/1.png" for i in range(50)]
     list_images(make(tmp_path, "cat/1.png", "cat/2.heic", "cat/deep/3.HEIC", "loose.png", *many))
-    classes, not_taken = capsys.readouterr().out.splitlines()
-    assert classes.startswith("51 images of 51 classes: cat (1), n0000 (1), ")
-    assert classes.endswith("..., n0047 (1), n0048 (1), n0049 (1)")
-    assert not_taken == "not taken: 2 .heic, 1 .png outside the class folders"
+    printed = capsys.readouterr().out
+    for fact in "51 images", "51 classes", "cat (1)", "n0000 (1)", "n0049 (1)", "2 .heic", "1 .png":
+        assert fact in printed
+    assert "n0020" not in printed  # of so many classes only some are named
 
 
 @pytest.mark.parametrize("files, warned", [
@@ -160,18 +158,6 @@ def test_a_folder_without_images_says_what_it_holds(file, words, tmp_path):
     make(tmp_path, "loose.png", file)
     with pytest.raises(BadInput, match=words):
         list_images(tmp_path)
-
-
-# -------------------------------------------------------------------------------------------------
-# Folders to be scored, digits
-
-def test_images_to_be_scored_are_spread_evenly(tmp_path):
-    for i in range(10):
-        Image.new("RGB", (8, 6), (i, i, i)).save(tmp_path / f"{i}.png")
-    number, size, batches = folder_images(tmp_path, None, 5, 2)
-    indices, images = zip(*batches)
-    assert (number, size) == (5, "8x6") and list(map(list, indices)) == [[0, 1], [2, 3], [4]]
-    assert torch.cat(images)[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8]
 
 
 def test_digits_are_a_function_of_the_seed(tmp_path):

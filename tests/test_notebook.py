@@ -24,8 +24,7 @@ def test_code_cells_run_in_order(tmp_path):
     small = f"STEPS, TOY_STEPS, DEMO = 4, 2, {demo!r}"
     script = tmp_path / "cells.py"
     script.write_text("\n\n".join([CODE[0], small, *CODE[1:]]))  # the settings come first
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": paths, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -96,7 +96,8 @@ def test_sample(given, words, refused, nothing_written):
 @cases(
     ("0 images found, 2 needed", "--images empty"), ("not of the size of", "--images other"),
     ("32x32 images", "--images images --ref ref32.npz", "@ --ref ref32.npz"),
-    ("class '9'", "@ --classes 9"), ("not a table of these", "@ --csv other.csv"))
+    ("class '9'", "@ --classes 9"), ("not a table of these", "@ --csv other.csv"),
+    ("it needs --ckpt", "--images images --cfg 2", "--images images --t-eps 0"))
 def test_fid(given, words, refused, nothing_written, small_inception):
     given = given.replace("@", "--ckpt x.safetensors").split()
     refused(fid.main, ["--ref", "ref.npz", *given], words)
