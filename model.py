@@ -32,12 +32,23 @@ SIZES = {
     "H": dict(hidden_size=1280, depth=32, num_heads=16, bottleneck=256),
 }
 
+
+def edm(t, k=0.2):
+    """The target of EDM's preconditioning for data of variance k (arXiv 2206.00364, with sigma =
+    (1-t)/t), up to a constant factor: x while z is all noise, turning into a multiple of -e close
+    to the data, and uncorrelated with z in directions of variance k. k = 0 is x throughout. The
+    default suits FLUX.2's latents where a layer is narrower than a token (docs/results.md)."""
+    n = ((1 - t) ** 2 + k * t ** 2) ** 0.5
+    return (1 - t) / n, -k * t / n
+
+
 # A target is a row (a, b): the network predicts a * x + b * e. A row may also be a function of t
 # that returns (a, b), since everything below holds at each t by itself.
 TARGETS = {
     "x":   (1, 0),
     "eps": (0, 1),
     "v":   (1, -1),
+    "edm": edm,
 }
 
 
@@ -295,7 +306,8 @@ def slope(target: str, t, floor=0.0) -> torch.Tensor:
     """How much the target a*x + b*e changes per unit of v, at fixed z and t: a(1-t) - b*t.
 
     Since x = z + (1-t) v and e = z - t v, the target is (a+b) z + slope * v. The slope is 1-t for
-    x, -t for eps and 1 for v. The three carry the same information; this is where they differ.
+    x, -t for eps, 1 for v and sqrt((1-t)² + k t²) for edm. All carry the same information; this is
+    where they differ.
 
     t: a float or a tensor. floor: the least magnitude of the result, which keeps its sign. (A slope
     has one sign for all of 0 < t < 1; at t = 1/2 it is (a - b) / 2.)

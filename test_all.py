@@ -35,7 +35,7 @@ import vae
 from lib.checkpoint import load_denoiser, read_checkpoint
 from lib.images import center_crop, read_image
 from lib.log import error_by_time, read_table
-from model import JLT, SIZES, TARGETS, Denoiser, RMSNorm, coefficients, rotary_table, rotate
+from model import JLT, SIZES, TARGETS, Denoiser, RMSNorm, coefficients, edm, rotary_table, rotate
 
 ROOT = pathlib.Path(__file__).resolve().parent
 # Cached, because torch.compile of torch 2.14 asks for the attributes of a cached function here.
@@ -230,13 +230,6 @@ def test_bf16_stays_close_to_fp32_and_ends_in_fp32():
 # -------------------------------------------------------------------------------------------------
 # model.py: the objective
 
-def vp(t):
-    """A target that depends on t: the "v" of variance-preserving diffusion, uncorrelated with z for
-    data of unit variance."""
-    n = ((1 - t) ** 2 + t ** 2) ** 0.5
-    return (1 - t) / n, -t / n
-
-
 class Oracle(torch.nn.Module):
     """A "network" that knows the answer, and remembers what it was asked."""
     num_classes = 5
@@ -256,9 +249,9 @@ def of(target, x, e, t):
     return a * x + b * e
 
 
-@pytest.mark.parametrize("target", [*TARGETS, "vp"])
+@pytest.mark.parametrize("target", [*TARGETS, "u"])
 def test_the_right_answer_gives_the_velocity_and_no_loss_whatever_the_target(target, monkeypatch):
-    monkeypatch.setitem(TARGETS, "vp", vp)  # a fourth target is one row more
+    monkeypatch.setitem(TARGETS, "u", (2, -1))  # another target is one row more
     x, y, _, e = rows(5)
     for t in (0.05, 0.3, 0.95):
         net, times, z = Oracle(of(target, x, e, t)), torch.full((5,), t), t * x + (1 - t) * e
@@ -267,6 +260,20 @@ def test_the_right_answer_gives_the_velocity_and_no_loss_whatever_the_target(tar
         assert_close(net.z, z)
         for time in (t, times):
             assert_close(denoiser.velocity(z, time, y), x - e, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [0.2, 1])
+def test_edm_is_the_target_of_edms_preconditioning(k):
+    """There, data plus noise of deviation sigma times c_skip, plus c_out times the network's
+    prediction, is the denoised data. Where the data has variance k, prediction and z are
+    uncorrelated."""
+    t = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    (a, b), sigma = edm(t, k), (1 - t) / t
+    c_skip, c_out = k / (sigma**2 + k), sigma * k**0.5 / (sigma**2 + k).sqrt()
+    assert_close(a / k**0.5, (1 - c_skip) / c_out)
+    assert_close(b / k**0.5, -c_skip * sigma / c_out)
+    assert_close(a * t * k + b * (1 - t), 0 * t)
+    assert_close(edm(t, 0), (0 * t + 1, 0 * t))
 
 
 def test_the_floor_bounds_the_division_and_keeps_its_sign():
@@ -290,9 +297,11 @@ def test_a_loss_is_the_weighted_error_of_the_target(target):
     x, y, _, e = rows(5)
     guess, t = rows(5, seed=1)[0], torch.tensor([0.001, 0.01, 0.3, 0.97, 0.999])
     one, a, b = torch.ones(5), (1 - t).clamp(min=0.05), t.clamp(min=0.05)
-    table = {"x":   {"x": one, "eps": (t / a) ** 2, "v": 1 / a**2},
-             "eps": {"x": ((1 - t) / b) ** 2, "eps": one, "v": 1 / b**2},
-             "v":   {"x": (1 - t) ** 2, "eps": t**2, "v": one}}
+    n = (1 - t) ** 2 + 0.2 * t**2  # is never small
+    table = {"x":   {"x": one, "eps": (t / a) ** 2, "v": 1 / a**2, "edm": n / a**2},
+             "eps": {"x": ((1 - t) / b) ** 2, "eps": one, "v": 1 / b**2, "edm": n / b**2},
+             "v":   {"x": (1 - t) ** 2, "eps": t**2, "v": one, "edm": n},
+             "edm": {"x": (1 - t) ** 2 / n, "eps": t**2 / n, "v": 1 / n, "edm": one}}
     error = (guess - of(target, x, e, t)).square().mean((1, 2, 3))
     for loss, weight in table[target].items():
         assert_close(Denoiser(Oracle(guess), target, loss)(x, y, t, e), (weight * error).mean())

@@ -16,7 +16,7 @@ from bench.spectrum import best_prediction, evenly_spread, spectrum, token_stati
 from lib.checkpoint import load_denoiser
 from lib.flags import Parser, path
 from lib.run import BadInput, log, pick_device, program
-from model import TARGETS, coefficients
+from model import coefficients
 from sample import image_noise
 from vae import LatentDataset
 
@@ -56,17 +56,17 @@ def measure(denoiser, data, vectors):
             "velocity error": velocity_error.square().mean(0)}
 
 
-def theory(eigenvalues):
+def theory(eigenvalues, targets):
     """{target: the PANELS of the best linear prediction, {name: (D,)}}."""
     velocity_error = best_prediction("v", eigenvalues, T)["ambiguity"]
     return {target: best_prediction(target, eigenvalues, T) | {"velocity error": velocity_error}
-            for target in TARGETS}
+            for target in targets}
 
 
 def draw(file, title, lines, measured):
     """Draw the lines {target: panels} and the measured [(target, panels)], averaged over up to 48
     groups of neighbouring directions."""
-    count = len(lines["x"]["asked"])
+    count = len(next(iter(lines.values()))["asked"])
     groups = min(count, 48)
 
     def grouped(row):
@@ -99,7 +99,7 @@ def main(argv=None):
     denoisers = [load_denoiser(file, device=pick_device()) for file in args.ckpt]
     patch, measured = denoisers[0].net.patch_size, []
     eigenvalues, vectors = spectrum(token_statistics(data, patch)[1])
-    lines = theory(eigenvalues)
+    lines = theory(eigenvalues, [denoiser.target for denoiser in denoisers])
     for file, denoiser in zip(args.ckpt, denoisers):
         net, target = denoiser.net, denoiser.target
         if (net.patch_size, net.in_channels, net.input_size) != (patch, *data.shape[:2]):

@@ -22,7 +22,7 @@ direction of which nothing is asked can be left out at no cost. Targets differ i
 them in units of v, the space of the loss. This does not decide which target wins, because latents
 are not Gaussian and a wide network can carry all of it.
 
-In units of v every target is v plus a multiple of z. The family ((1-t) x - k t e)/n, with n² =
+In units of v every target is v plus a multiple of z. The family edm, ((1-t) x - k t e)/n with n² =
 (1-t)² + k t², runs through such multiples: k = 0 is x, k = 1 the v of variance-preserving
 diffusion. The k that asks least in all is the mean eigenvalue at every t, because the sum of "asked
 in v" is (1-t)² / t² times that of s/q² - 2/q + 1/s, with q = n², and least where q is the mean of
@@ -30,13 +30,14 @@ s. With --width the k is printed that loses least through a layer of that width.
 """
 import math
 import statistics
+from functools import partial
 
 import numpy as np
 import torch
 
 from lib.flags import Parser, number, path
 from lib.run import BadInput, log, program
-from model import TARGETS, coefficients
+from model import TARGETS, coefficients, edm
 from vae import LatentDataset
 
 # 32 times that training draws equally often: logit-normal quantiles.
@@ -75,14 +76,6 @@ def spectrum(covariance):
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     eigenvalues[eigenvalues < 1e-12 * eigenvalues[-1]] = 0  # rounding makes some negative
     return eigenvalues.flip(0), vectors.flip(1)
-
-
-def family(k):
-    """The target ((1-t) x - k t e)/n, n² = (1-t)² + k t², as a function of t."""
-    def row(t):
-        n = ((1 - t) ** 2 + k * t ** 2) ** 0.5
-        return (1 - t) / n, -k * t / n
-    return row
 
 
 def best_prediction(target, eigenvalues, t):
@@ -130,8 +123,8 @@ def print_linear_errors(eigenvalues, width, t):
 
     targets = {name: name for name in TARGETS}
     if width < len(eigenvalues):  # otherwise the error is the same for all targets
-        k = min(np.linspace(0, 2, 41).tolist(), key=lambda k: mean(family(k)))
-        targets[f"family, k = {k:.2f}"] = family(k)
+        k = min(np.linspace(0, 2, 41).tolist(), key=lambda k: mean(partial(edm, k=k)))
+        targets[f"edm, k = {k:.2f}"] = partial(edm, k=k)
     times = [t, *((i + 0.5) / 10 for i in range(10))]
     log(f"\nvelocity error of the best linear prediction through {width} numbers per token, mean "
         "over training's times and by t")
@@ -161,8 +154,8 @@ def main(argv=None):
         f"{below.sum() + 1}\n")
     print_table(eigenvalues, args.t)
     k = eigenvalues.mean()
-    least = best_prediction(family(k), eigenvalues, args.t)["asked in v"].sum()
-    log(f"family with k = {k:.3f}, the mean eigenvalue: {least:.4g} asked in v, the least")
+    least = best_prediction(partial(edm, k=k), eigenvalues, args.t)["asked in v"].sum()
+    log(f"edm with k = {k:.3f}, the mean eigenvalue: {least:.4g} asked in v, the least")
     if args.width:
         print_linear_errors(eigenvalues, args.width, args.t)
 

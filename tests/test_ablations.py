@@ -15,7 +15,7 @@ from ablations.repa_contrastive import RepaContrastive
 from ablations.repa_tread import RepaTread
 from ablations.tread import RoutedJLT, Tread, keep
 from lib.checkpoint import load_denoiser, read_checkpoint
-from model import TARGETS, Denoiser, slope
+from model import TARGETS, Denoiser, coefficients, slope
 from test_all import LOGGED, awake, flags, log_rows, rows, same_run, small_cache, tiny_net
 
 
@@ -89,9 +89,9 @@ def test_the_contrastive_loss_image_by_image(target, loss):
     for i in range(6):
         s, label = t[i].item(), 5 if drop[i] else y[i]
         z, v = s * x[i] + (1 - s) * e[i], x_other[i] - e_other[i]
-        a, b = TARGETS[target]
+        a, b = coefficients(target, s)
         pred = net(z[None], t[i:i + 1], torch.tensor([label]))[0]
-        away = {"x": z + (1 - s) * v, "eps": z - s * v, "v": v}[target]
+        away = a * (z + (1 - s) * v) + b * (z - s * v)
         error = (pred - (a * x[i] + b * e[i])).square() - 0.05 * (pred - away).square()
         weight = 1 if target == loss else (slope(loss, s) / slope(target, s, 0.05)) ** 2
         total += weight * error.mean() / 6
