@@ -2,10 +2,10 @@
 
     python tests/run_docs.py CIFAR=FOLDER INCEPTION=FILE taef2=FOLDER
 
-Runs write into data/ and out/. What needs several GPUs, hours, a download or another run's results
-is left out. What would take more than minutes gets a few steps and images instead. CIFAR holds
-train/ and test/, each with a folder of images per class. (tests/test_docs.py checks that all
-commands parse.)
+Runs write into data/ and out/. What needs several GPUs, hours, a download, another run's results or
+torch-fidelity is left out. What would take more than minutes gets a few steps and images instead.
+CIFAR holds train/ and test/, each with a folder of images per class. (tests/test_docs.py checks
+that all commands parse.)
 """
 import pathlib
 import re
@@ -17,11 +17,12 @@ PAGES = ("README", "docs/tutorial", "docs/your-images", "docs/results", "docs/me
          "docs/techniques", "docs/extending", "docs/speed", "docs/running")
 LEFT_OUT = (  # what such commands contain
     "torchrun", "imagenet", "hf download", "checkpoint-last", "facebook/", "data/mine", "out/mine",
-    "study_", "out/targets", "out/nine", "FOLDER-val", "pytest")
+    "study_", "out/targets", "out/nine", "FOLDER-val", "pytest", "bench.fidelity")
 SHORT = {  # what would take long: the flags that make it short, of which the last ones count
     "train.py": "--steps 40 --sample-every 20 --save-every 20", "sample.py": "--steps 5",
     "fid.py": "--num-samples 60 --steps 5", "ablations.": "--steps 4", "bench.speed": "--quick",
-    "bench.room": "--steps 10 --widths 32", "--model B": "--steps 2 --batch 4 --sample-every 0"}
+    "bench.room": "--steps 10 --widths 32", "--model B": "--steps 2 --batch 4 --sample-every 0",
+    "--save-ref cifar64.npz": "--size 32"}  # the demo's, which is what the page then scores
 
 
 def commands(page, language="sh"):
