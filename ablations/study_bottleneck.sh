@@ -5,7 +5,7 @@ source "$(dirname "$0")/study.sh"
 RECIPE+=(--patch 2 --model "${MODEL:-B}" --steps "${STEPS:-2000}" --batch "${BATCH:-1024}"
          --lr "${LR:-4e-4}" --warmup "${WARMUP:-5}" --ema "${EMA:-0.998}" --sample-every 1000)
 
-for target in x v; do
+for target in ${TARGETS:-x v}; do
     for bottleneck in ${WIDTHS:-0 128}; do
         train "$target-b$bottleneck" train.py --target "$target" --bottleneck "$bottleneck"
         score "$target-b$bottleneck" --cfg 1 2
