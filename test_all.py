@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # pytest -n 4 would start cores x 4 threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks and pytest -n 4 share the cores
 GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_ON_GPU", "")  # usually on the CPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
