@@ -23,7 +23,7 @@ them in units of v, the space of the loss. This does not decide which target win
 are not Gaussian and a wide network can carry all of it.
 
 In units of v every target is v plus a multiple of z. The family edm, ((1-t) x - k t e)/n with n² =
-(1-t)² + k t², runs through such multiples: k = 0 is x, k = 1 the v of variance-preserving
+(1-t)² + k t², runs through such multiples: k = 0 is x, k = 1 minus the v of variance-preserving
 diffusion. The k that asks least in all is the mean eigenvalue at every t, because the sum of "asked
 in v" is (1-t)² / t² times that of s/q² - 2/q + 1/s, with q = n², and least where q is the mean of
 s. With --width the k is printed that loses least through a layer of that width.

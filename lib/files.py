@@ -69,10 +69,9 @@ def check_disk(folder, need):
 def lock_folder(folder, patience=120):
     """Make the folder, lock it and remove what a killed save has left there, on rank 0; called by
     all ranks. Returns the open lock file: the system drops the lock when it is closed or the
-    process ends. Another run that writes there is
-    waited for, since it may be about to end, and NFS forgets a crashed host's locks only after
-    about 90 seconds. Raises BadInput after `patience` seconds, or where the folder cannot be
-    written to."""
+    process ends. Another run that writes there is waited for, since it may be about to end, and NFS
+    forgets a crashed host's locks only after about 90 seconds. Raises BadInput after `patience`
+    seconds, or where the folder cannot be written to."""
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ Modules are named as in the published weight file. The network's quirks (TensorF
 average pools that leave out the padding, a max pool in the last block) change FID by more than
 methods differ. They all follow torch-fidelity, which the paper used.
 """
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
