@@ -112,7 +112,7 @@ def read_batch(data, seed, step, batch, positions):
 
 def make_optimizer(parameters, lr):
     """Any torch.optim.Optimizer will do. One made of several must give its parts its own `.state`
-    and `.param_groups`, or a checkpoint holds nothing of them (docs/extending.md shows Muon)."""
+    and `.param_groups`, or a checkpoint holds nothing of them (as ablations/muon.py does)."""
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 

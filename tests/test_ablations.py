@@ -1,4 +1,6 @@
 """The training techniques of ablations/: their formulas, and the promises of a run with each."""
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import train
 import vae
 from ablations import table
 from ablations.contrastive import Contrastive, contrastive_loss
+from ablations.muon import Muon, orthogonalize
 from ablations.repa import Repa, alignment, on_grid, spatial_norm
 from ablations.repa_contrastive import RepaContrastive
 from ablations.repa_tread import RepaTread
@@ -50,6 +53,7 @@ NO_GRIDS = "--sample-every", "0"
 WAYS = {  # class, its flags
     "contrastive": (Contrastive, ()),
     "tread": (Tread, ()),
+    "muon": (Muon, ("--muon-lr", "2e-3")),
     "irepa": (Repa, (*REPA, "--conv", "--gamma", "0.6", "--until", "3")),
     "repa_contrastive": (RepaContrastive, REPA),
     "repa_tread": (RepaTread, (*REPA, "--until", "4", "--share", "0.25")),
@@ -157,6 +161,45 @@ def test_routed_tokens_skip_the_middle_blocks_with_their_rotary_rows(depth, firs
     passed = torch.full((3, 16), depth - (last - first + 1.0)).scatter(1, kept, float(depth))
     wanted = (passed * (100 + torch.arange(16.0)))[..., None].expand(3, 16, 32)
     assert_close(net.run_blocks(x, None, cos, cos), wanted)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (384, 128), (32, 32)])
+def test_orthogonalize_maps_each_singular_value_by_the_polynomial(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
+    values = values / values.square().sum(-1, keepdim=True).sqrt()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values ** 3 + 2.0315 * values ** 5
+    found = orthogonalize(matrices)
+    assert_close(found.double(), left * values[:, None] @ right, rtol=0, atol=1e-5)
+    assert values[:2].max() < 1.21 and values.median() > 0.68
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon yet")
+def test_muons_steps_are_torchs_for_matrices_and_adamws_for_the_rest():
+    ours, theirs = (Muon(awake(tiny_net())) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = ours.make_optimizer(argparse.Namespace(lr=0.01, muon_lr=0.02))
+    matrices = [p for name, p in theirs.named_parameters() if "blocks." in name and p.ndim == 2]
+    rest = [p for name, p in theirs.named_parameters() if "blocks." not in name or p.ndim != 2]
+    references = [
+        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        train.make_optimizer(rest, 0.01)]
+    for _ in range(3):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        before = [q.clone() for q in theirs.parameters()]
+        for part in optimizer, *references:
+            part.step()
+            part.zero_grad()
+        for p, q, old in zip(ours.parameters(), theirs.parameters(), before):
+            if any(q is matrix for matrix in matrices):
+                assert (p - q).norm() < 0.04 * (q - old).norm()  # torch's computes in bf16
+                p.data.copy_(q)
+            else:
+                assert not torch.equal(q, old) and torch.equal(p, q)
+    assert len(matrices) == 10  # two blocks of qkv, proj, w12, w3 and the modulation
 
 
 # -------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import shlex
 import sys
 
 import pytest
-import torch
 from run_docs import commands
 
 import fid
@@ -14,7 +13,7 @@ import sample
 import train
 import vae
 from lib.flags import Parser
-from test_all import LOGGED, ROOT, flags, same_run
+from test_all import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 OTHERS = set("--nproc_per_node --nnodes --rdzv-backend --rdzv-endpoint --rdzv-id --max-restarts "
@@ -35,7 +34,7 @@ def test_flags_files_and_links_exist(page):
         assert link.startswith("https://") or (page.parent / link).exists(), link
     folders = "lib|bench|tests|docs|ablations|assets"
     for name in re.findall(rf"`((?:{folders})/[\w./*-]*|\w+\.py)`", text):
-        assert list(ROOT.glob(name.rstrip("/"))) or name == "ablations/muon.py", name
+        assert list(ROOT.glob(name.rstrip("/"))), name
     for name in re.findall(r"`([\w-]+\.(?:csv|txt|md))`", text):
         exists = any((ROOT / folder / name).exists() for folder in ("assets/logs", "docs"))
         assert exists or name in ("log.csv", "fid.csv", "facts.txt"), name
@@ -80,18 +79,3 @@ def test_commands_parse(monkeypatch):
                         runpy.run_module(word, run_name="__main__")
                     seen += 1
     assert seen > 60
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon yet")
-def test_the_optimizer_that_extending_shows_trains_and_resumes(finished, tmp_path, monkeypatch):
-    small = dict(hidden_size=32, depth=1, num_heads=2, bottleneck=8)
-    monkeypatch.setitem(train.SIZES, "T", small)
-    text = (ROOT / "docs" / "extending.md").read_text()
-    (code,) = re.findall(r'```py\n("""ablations/muon.py""".*?)```', text, re.S)
-    module = {"__name__": "muon"}
-    exec(code, module)
-
-    def run(name, steps):
-        return train.main(flags(finished[0], tmp_path / name, steps=steps), module["Muon"])
-    assert run("whole", 4) == run("parts", 2) == run("parts", 4) == 0
-    same_run(tmp_path / "whole", tmp_path / "parts", LOGGED)
