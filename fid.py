@@ -32,7 +32,7 @@ from lib.checkpoint import load_denoiser, weights_hash
 from lib.features import load_features
 from lib.files import atomic
 from lib.flags import Parser, interval, number, path
-from lib.images import evenly, folder_images
+from lib.images import folder_images, subset
 from lib.inception import CLASSES, FEATURES, load_inception
 from lib.log import append_row, read_table
 from lib.run import BadInput, compile_net, from_rank_0, gather_objects, log, pick_device
@@ -208,7 +208,7 @@ def save_reference(file, mu, sigma, embeddings=None, **about) -> Reference:
 
 def npz_images(file, n, batch):
     """Read ADM's sample file, `arr_0` uint8 (N, H, W, 3), image by image: 50,000 of 256² are 10 GB.
-    n: how many, spread evenly; None for all. Returns what lib.images.folder_images does. Raises
+    n: how many, spread over the file; None for all. Returns what lib.images.folder_images does. Raises
     BadInput."""
     with one_line_errors(file):
         stream = zipfile.ZipFile(file).open("arr_0.npy")
@@ -217,7 +217,7 @@ def npz_images(file, n, batch):
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or is_fortran:
             raise ValueError(f"arr_0 is {dtype} {shape}, expected uint8 (N, H, W, 3) row by row")
     count, height, width, _ = shape
-    start, rows = stream.tell(), evenly(file, count, n)
+    start, rows = stream.tell(), subset(file, count, n)
 
     def read_batches():
         for indices in rank_batches(len(rows), batch):
@@ -258,7 +258,7 @@ def score(batches, n, extractors):
     if "fid" in extractors:
         classes, features = extractors["fid"].fc.weight.shape
         results["fid"] = Statistics(n, device, features, classes)
-    chosen = set(evenly("samples", n, min(n, 10_000)))  # the images that MMDs are computed from
+    chosen = set(subset("samples", n, min(n, 10_000)))  # the images that MMDs are computed from
     with tqdm(total=n, unit="image", disable=rank() > 0 or None) as bar:
         for indices, images in batches:
             images = images.to(device)

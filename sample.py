@@ -13,8 +13,10 @@ import concurrent.futures
 import copy
 import dataclasses
 import math
+import mimetypes
 import os
 import pathlib
+import secrets
 import sys
 import zipfile
 from collections.abc import Callable
@@ -224,17 +226,19 @@ def write_folder(folder, n, batches, draw, facts):
     if rank() == 0:
         folder.mkdir(exist_ok=True)
         names, there = {f"{i:06d}.png" for i in range(n)}, image_files(folder)[0]
-        others = [image.name for image in there if image.name not in names]
+        others = [image for image in there if str(image.relative_to(folder)) not in names]
         if others:
             raise BadInput(f"--out {folder}: holds {len(others)} images besides the {n} asked for, "
-                           f"such as {others[0]}: choose another folder")
+                           f"such as {others[0].relative_to(folder)}: choose another folder")
         if there and (not facts_file.exists() or facts_file.read_text() != facts):
             raise BadInput(f"--out {folder}: holds images drawn with other settings (facts.txt)")
         facts_file.write_text(facts)
     barrier()
 
+    unique = secrets.token_hex(4)  # process ids repeat across containers and nodes
+
     def save(i, pixels):  # a crash leaves a whole file, or an empty one that is drawn again
-        temporary = folder / f".tmp-{i:06d}-{os.getpid()}.png"
+        temporary = folder / f".tmp-{i:06d}-{unique}.png"
         Image.fromarray(pixels).save(temporary)
         os.replace(temporary, folder / f"{i:06d}.png")
 
@@ -254,7 +258,7 @@ def write_npz(file, n, size, batches):
     place, so that 50,000 images (10 GB at 256²) never have to fit into memory."""
     shape = n, size, size, 3
     check_disk(file.parent, 2 * math.prod(shape))
-    rows_file = from_rank_0(file.with_name(f".tmp-{os.getpid()}-{file.name[-60:]}.npy"))
+    rows_file = from_rank_0(file.with_name(f".tmp-{secrets.token_hex(4)}-{file.name[-60:]}.npy"))
     try:
         if rank() == 0:
             np.lib.format.open_memmap(rows_file, "w+", np.uint8, shape)
@@ -276,7 +280,8 @@ def write_npz(file, n, size, batches):
 # The program
 
 SHOWN = (88, 207, 279, 360, 387, 417, 933, 979)  # of ImageNet: macaw, retriever, arctic fox ...
-OTHER_FORMATS = {".npy", ".zip", ".tar", *Image.registered_extensions()} - {".png"}
+OTHER_FORMATS = {".npy", ".safetensors", ".exr", ".jxl", *Image.registered_extensions(),
+                 *mimetypes.types_map, *mimetypes.encodings_map} - {".png", ".npz"}
 
 
 def pick_classes(wanted, names, num_classes):

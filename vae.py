@@ -206,11 +206,14 @@ def is_finished(shard, items, settings, root, read):
     if different := differences(theirs, settings):
         raise BadInput(f"{shard}: made with another {', '.join(different)}: change --out")
     note = read_note(shard.with_suffix(".json"))
-    if note:
-        changed = note["stamp"] != file_stamp(root, items)
+    stamp = file_stamp(root, items)
+    if "stamp" in note:
+        changed = note["stamp"] != stamp
     else:  # of an older cache, or killed before its note was written
         written = shard.stat().st_mtime
         changed = any((root / name).stat().st_mtime > written for name, _ in items)
+        if not changed:
+            write_note(shard.with_suffix(".json"), stamp=stamp)
     if changed:
         log(f"{shard.name}: its images have changed since it was written: encoding them again")
         return False
@@ -330,6 +333,8 @@ def main(argv=None):
     check_disk(out, need)
     if rank() == 0 and vae.path:
         write_note(out / "source.json", path=vae.path)
+    for k in todo:  # outdated ones, which would be trained on if this were interrupted
+        paths[k].unlink(missing_ok=True)
     jobs, threads = [name for k in todo for name, _ in shards[k]], cores()
     images = prefetched(read, jobs, threads, 2 * (args.batch + threads))
     with lock, tqdm(total=len(jobs), unit="image", disable=rank() > 0 or None) as bar:

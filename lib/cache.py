@@ -59,7 +59,7 @@ def open_shard(path):
                        "command that wrote the others writes it again") from None
     if latents.dtype not in LATENT_TYPES or labels.dtype not in LABEL_TYPES:
         raise BadInput(f"{path}: latents of {latents.dtype} and labels of {labels.dtype}: expected "
-                       "fp16, bf16 or fp32, and integers")
+                       "fp16, bf16 or fp32, and uint8, int16, int32 or int64")
     return tensors, settings
 
 

@@ -1,6 +1,7 @@
 """Command-line flags whose errors are one line that says what was expected."""
 import argparse
 import math
+import os
 import pathlib
 import shlex
 
@@ -50,10 +51,10 @@ def path(text):
     """An argparse type: a path, with ~ expanded also where the shell leaves it (--out=~/runs)."""
     if not text:  # usually a variable of the shell that is not set
         raise argparse.ArgumentTypeError("expected a path, not an empty text")
-    try:
-        return pathlib.Path(text).expanduser()
-    except RuntimeError:  # ~NAME, where there is no such user
-        raise argparse.ArgumentTypeError(f"{text}: there is no such home folder") from None
+    expanded = os.path.expanduser(text)  # before pathlib, which would take ./~/x for ~/x
+    if expanded.startswith("~"):  # ~NAME, where there is no such user
+        raise argparse.ArgumentTypeError(f"{text}: there is no such home folder")
+    return pathlib.Path(expanded)
 
 
 def quoted(name):

@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from lib.files import prefetched
-from lib.run import BadInput, barrier, log, printable, rank, rank_batches, warn
+from lib.run import BadInput, barrier, cores, log, printable, rank, rank_batches, warn
 
 Image.init()  # registers all formats now; threads opening the first images would see only some
 EXTENSIONS = Image.registered_extensions()
@@ -22,9 +22,10 @@ FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM",
 SUFFIXES = {suffix for suffix, name in EXTENSIONS.items() if name in FORMATS}
 
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file starts
-PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # pixels, and how to turn them
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # the chunks that make the image
 
-HIDDEN = (".", "@eaDir", "__MACOSX")  # how the names of hidden files and system folders start
+# How the names of hidden files and of system folders start.
+HIDDEN = (".", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")
 
 TRANSPOSITIONS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -42,9 +43,7 @@ def open_image(data: bytes, name="an image") -> Image.Image:
     metadata are ignored, as in ADM's and torchvision's loaders. Raises ValueError for 32-bit
     integers and floats, whose range is unknown, and errors of many types for damaged files.
     """
-    with Image.open(io.BytesIO(without_metadata(data)), formats=FORMATS) as image:
-        is_deep = image.mode.startswith("I") or ";16" in str(image.tile)  # grey or colour
-        image.load()
+    image, is_deep = decode(data)
     transposition = exif_transposition(image)
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         low, high = image.getextrema()
@@ -52,12 +51,12 @@ def open_image(data: bytes, name="an image") -> Image.Image:
         raise ValueError(f"{kind} from {low:g} to {high:g}, whose black and white points are "
                          "unknown; convert the image to 8 or 16 bits")
     if image.mode.startswith("I"):
-        largest = image.getextrema()[1]
-        values = np.asarray(image, np.float32) * (255 / 65535)          # (H, W)
-        image = Image.fromarray(values.round().astype(np.uint8))
+        values = np.asarray(image, np.float32)                          # (H, W)
+        largest = values.max()
+        image = Image.fromarray((values * (255 / 65535)).round().astype(np.uint8))
     elif is_deep:  # Pillow keeps the high bytes of 16-bit colours
         largest = 256 * int(np.asarray(image.convert("RGB")).max())
-    if is_deep and largest < 4096 and not dark_images:
+    if is_deep and 0 < largest < 4096 and not dark_images:
         dark_images.append(name)
         warn(f"{name}: the values of this 16-bit image are all below 4096, like 12-bit data, so it "
              "will be dark (only the first such image is named)")
@@ -68,15 +67,30 @@ def open_image(data: bytes, name="an image") -> Image.Image:
     return image if transposition is None else image.transpose(transposition)
 
 
-def without_metadata(data):
-    """The bytes of a PNG file without its profiles, texts and other metadata, since Pillow refuses
-    whole images where one of those is malformed or large. Other bytes are returned as they are."""
-    if not data.startswith(PNG):
-        return data
+def decode(data):
+    """(PIL image, whether it has 16 bits or more). Pillow refuses a whole PNG file where one of its
+    profiles, texts or other metadata is malformed or large. Such a file is decoded again without
+    them, and at last without its EXIF block, too."""
+    ways = [data]
+    if data.startswith(PNG):
+        ways += png_chunks(data, (*PNG_PIXELS, b"eXIf")), png_chunks(data, PNG_PIXELS)
+    for way in ways:
+        try:
+            with Image.open(io.BytesIO(way), formats=FORMATS) as image:
+                is_deep = image.mode.startswith("I") or ";16" in str(image.tile)  # grey or colour
+                image.load()
+            return image, is_deep
+        except Exception:
+            if way is ways[-1]:
+                raise
+
+
+def png_chunks(data, types):
+    """The bytes of a PNG file with the chunks of these types alone."""
     kept, start = [PNG], len(PNG)
     while start < len(data):  # a chunk: 4 bytes of length, 4 of type, the content, 4 of checksum
         end = start + 12 + int.from_bytes(data[start:start + 4], "big")
-        if data[start + 4:start + 8] in PNG_CHUNKS:
+        if data[start + 4:start + 8] in types:
             kept.append(data[start:end])
         start = end
     return b"".join(kept)
@@ -118,7 +132,8 @@ def read_image(path, size=None):
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        return None, f"not an intact {'/'.join(FORMATS)} file: it starts with {data[:12]!r}"
+        return None, (f"damaged, or no {'/'.join(FORMATS)} file of a kind that Pillow reads: it "
+                      f"starts with {data[:12]!r}")
     except Exception as error:  # Pillow raises errors of every type for damaged files
         return None, printable(f"{type(error).__name__}: {error}")
 
@@ -132,25 +147,30 @@ def visible(folder):
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(HIDDEN)]
     except OSError as error:
         raise BadInput(f"{folder}: no such folder, or not readable ({error.strerror})") from None
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry):
+            raise BadInput(f"{entry.path}: a link that leads nowhere: mend it or remove it")
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def image_files(folder, above=frozenset()):
-    """Find the image files in a folder and its subfolders, following links, but not back to one of
-    the folders `above` (resolved paths). Hidden files and folders are ignored.
+def image_files(folder, seen=None):
+    """Find the image files in a folder and its subfolders, following links, but into no folder
+    twice. Hidden files and folders are ignored.
 
+    seen: the resolved paths of folders not to be entered; those that are entered are added to it.
     Returns (sorted paths, Counter of what was not taken, by suffix). Raises BadInput for a folder
-    that cannot be read.
+    that cannot be read and for a link that leads nowhere.
     """
     images, not_taken = [], collections.Counter()
-    place = pathlib.Path(folder).resolve()
-    if place in above:
-        not_taken[f"{os.path.basename(folder)}/ (a link to a folder above it)"] += 1
-        return images, not_taken
+    seen = set() if seen is None else seen
+    seen.add(pathlib.Path(folder).resolve())
     for entry in visible(folder):
         path = pathlib.Path(entry.path)
         if entry.is_dir():
-            found, others = image_files(path, {place, *place.parents, *above})
+            if path.resolve() in seen:
+                not_taken[f"{path.name}/ (a link to a folder that is listed elsewhere)"] += 1
+                continue
+            found, others = image_files(path, seen)
             images += found
             not_taken += others
         elif entry.is_file() and path.suffix.lower() in SUFFIXES:
@@ -175,15 +195,21 @@ def list_images(folder):
     logs how many images each class has and what was not taken. Raises BadInput where a folder
     cannot be read, where there are no class folders, or where one holds no images.
     """
-    root = pathlib.Path(folder).resolve()
     classes, items, counts, nested = [], [], [], []
-    not_taken = collections.Counter()
+    not_taken, places = collections.Counter(), {}  # places: the class folders, by resolved path
     for entry in visible(folder):
         path = pathlib.Path(entry.path)
         if not entry.is_dir():
             not_taken[f"{path.suffix.lower() or path.name} outside the class folders"] += 1
-            continue
-        images, others = image_files(path, {root, *root.parents})
+        elif (place := path.resolve()) in places:
+            raise BadInput(f"{path} and {places[place]} are the same folder, so its images would "
+                           "be in two classes: remove one of the links")
+        else:
+            places[place] = path
+    root = pathlib.Path(folder).resolve()
+    for path in places.values():
+        # Links to the other classes and to what is above them are not followed.
+        images, others = image_files(path, {root, *root.parents, *places})
         if not images:
             raise BadInput(f"{path}: a class folder without images of a known format; it holds "
                            f"{describe(others)}")
@@ -210,13 +236,18 @@ def list_images(folder):
     return classes, items
 
 
-def evenly(path, count, n):
-    """Indices of n of `count` images (None: of all), evenly spread, since the first n would be of
-    few classes. Raises BadInput, which names `path`, for fewer than n images, or than 2."""
+def subset(path, count, n, by_class=False):
+    """Indices of n of `count` images (None: of all), one from each of n equal parts: the first if
+    the images are sorted by class, else a random one. (The classes of samples take turns, so that
+    of 100 samples of 10 classes every tenth would show the same class.) Always the same for the
+    same count and n. Raises BadInput, which names `path`, for fewer than n images, or than 2."""
     n = n or count
     if not 2 <= n <= count:
         raise BadInput(f"{path}: {count} images found, {max(n, 2)} needed")
-    return [i * count // n for i in range(n)]
+    starts = [i * count // n for i in range(n + 1)]
+    if by_class:
+        return starts[:-1]
+    return np.random.default_rng([count, n]).integers(starts[:-1], starts[1:]).tolist()
 
 
 def batched(images, batches):
@@ -227,7 +258,7 @@ def batched(images, batches):
 
 
 def folder_images(folder, size, n, batch):
-    """Read n of the images in a folder and its subfolders, evenly spread (None: all of them),
+    """Read n of the images in a folder and its subfolders, spread over it (None: all of them),
     center-cropped to size x size. Without a size, all must have the same one.
 
     Returns (number of images, "WIDTHxHEIGHT", an iterator over this rank's batches, which are
@@ -236,7 +267,8 @@ def folder_images(folder, size, n, batch):
     paths, not_taken = image_files(folder)
     if not_taken:
         log(f"not taken: {describe(not_taken)}")
-    paths = [paths[i] for i in evenly(folder, len(paths), n)]
+    in_classes = len({path.parent for path in paths}) > 1
+    paths = [paths[i] for i in subset(folder, len(paths), n, in_classes)]
     shape = None  # that of the first image, once it is read
 
     def read(i):
@@ -249,7 +281,7 @@ def folder_images(folder, size, n, batch):
 
     shape = read(0).shape
     batches = rank_batches(len(paths), batch)
-    images = prefetched(read, itertools.chain(*batches), 8, 2 * batch)
+    images = prefetched(read, itertools.chain(*batches), cores(), batch + cores())
     return len(paths), f"{shape[2]}x{shape[1]}", batched(images, batches)
 
 

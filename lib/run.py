@@ -134,10 +134,10 @@ def connect():
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
     numbers = all(text.isdecimal() for text in given.values())
-    if not numbers or not rank() < world_size():
+    if not numbers or not rank() < world_size() or given.get("LOCAL_WORLD_SIZE") == "0":
         facts = ", ".join(f"{name}={text}" for name, text in given.items())
-        raise BadInput(f"{facts} in the environment do not fit together: start several ranks with "
-                       "torchrun, or unset them")
+        raise BadInput(f"the environment has {facts}, which does not fit together: start several "
+                       "ranks with torchrun, or unset these variables")
     if world_size() == 1 or dist.is_initialized():
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]

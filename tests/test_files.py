@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import signal
 import stat
 from unittest import mock
 
@@ -140,6 +141,20 @@ def test_shards_whose_images_have_changed_are_encoded_again(has_notes, images, c
     assert [new == old for new, old in zip(after, before)] == [True, True, False, True]
     assert vae.to_uint8(vae.LatentDataset(cache)[10][0])[:, 0, 0].tolist() == [255, 0, 0]
     assert write_cache(images, cache, 16) == 0 and written() == after
+    os.utime(image, (1e9, 1e9))  # older than the shard, which has a note by now
+    assert write_cache(images, cache, 16) == 0 and written() != after
+
+
+def test_outdated_shards_are_not_trained_on_where_encoding_was_stopped(images, cache, monkeypatch):
+    for image in images.glob("*/*.png"):
+        os.utime(image, (2e9, 2e9))
+
+    def stopped(items, images, codec, args, stop, bar):
+        stop.number = signal.SIGTERM
+    monkeypatch.setattr(vae, "encode_shard", stopped)
+    assert write_cache(images, cache, 16) == 128 + signal.SIGTERM
+    with pytest.raises(BadInput):
+        vae.LatentDataset(cache)
 
 
 def test_unreadable_images_are_left_out_listed_and_tried_again(images, tmp_path, capsys):
@@ -303,6 +318,9 @@ def test_a_folder_of_images_continues_where_it_was_interrupted(draw, tmp_path):
     (folder / "000006.png").unlink()
     assert draw("folder") == (0, rest)
     assert np.array_equal(pixels_of(folder), pixels_of(tmp_path / "whole"))
+    (folder / "old").mkdir()
+    (folder / "000000.png").rename(folder / "old" / "000000.png")  # fid.py would score it, too
+    assert draw("folder")[0] == 2
 
 
 @pytest.mark.parametrize("words, warning, classes", [

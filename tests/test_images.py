@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import lib.images
 from lib.images import FORMATS, draw_digits, image_files, list_images, open_image, read_image
@@ -37,6 +37,8 @@ def grey(values):
     (np.dstack([RGB, GREY]), "PNG", 255 + (RGB - 255.0) * grey(GREY / 255)),  # alpha, on white
     (Image.fromarray(RGB).quantize(256), "GIF", RGB),
     (DEEP, "PNG", grey(DEEP / 257)),
+    (Image.frombytes("I;16B", DEEP.shape[::-1], DEEP.astype(">u2").tobytes()), "TIFF",
+     grey(DEEP / 257)),
     (Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "JPEG", np.full((9, 9, 3), [254, 1, 1])),
     pytest.param(Image.new("RGB", (9, 9), (200, 30, 10)), "AVIF", np.full((9, 9, 3), [200, 30, 10]),
                  marks=pytest.mark.skipif("AVIF" not in FORMATS, reason="not in this Pillow"))])
@@ -45,12 +47,14 @@ def test_images_look_as_in_a_viewer(pixels, format, expected):
     assert seen.shape == expected.shape and np.abs(seen - expected).max() <= 3
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("data, words", [
     (encoded(Image.new("RGB", (1, 101))), "1x101"),
     (encoded(RGB, "JPEG")[:-30], "truncated"),
     (encoded(Image.new("1", (20_000, 10_000))), "DecompressionBomb"),
     (b"<!DOCTYPE html>", "<!DOC"),
     (encoded(np.array([[0, 70000]], np.int32), "TIFF"), "32-bit integers from 0 to 70000"),
+    (b"MM\0*\0\0\0\x08\0\0", "of a kind that Pillow reads"),
     (encoded(np.array([[-0.5, 1.5]], np.float32), "TIFF"), "floats from -0.5 to 1.5")], ids=len)
 def test_images_that_cannot_be_read_are_left_out_with_a_reason(data, words, tmp_path):
     (tmp_path / "a.png").write_bytes(data)
@@ -84,6 +88,18 @@ def test_malformed_metadata_is_ignored():
     assert np.array_equal(opened(png), RGB)
     png = png[:33] + b"\0\0\0\7pHYsrubbish\0\0\0\0" + png[33:]  # with a wrong checksum
     assert np.array_equal(opened(png), RGB)
+    png = encoded(RGB, exif=exif)
+    at = png.index(b"eXIf") + 20
+    assert np.array_equal(opened(png[:at] + b"?" + png[at + 1:]), RGB)  # another wrong checksum
+
+
+def test_pngs_of_imagemagick_are_turned():
+    """It writes the EXIF block into a text, as hexadecimal numbers."""
+    tags, text = Image.Exif(), PngImagePlugin.PngInfo()
+    tags[0x0112] = 3
+    block = tags.tobytes()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(block):8d}\n{block.hex()}\n", zip=True)
+    assert np.array_equal(opened(encoded(RGB, pnginfo=text)), RGB[::-1, ::-1])
 
 
 def test_12_bit_data_in_16_bits_is_dark_and_warned_of_once(monkeypatch, capsys):
@@ -123,7 +139,29 @@ def test_links_are_followed_but_not_back(link, target, found, tmp_path, capsys):
     (root / "images" / link).symlink_to(tmp_path / target)
     items = list_images(root / "images")[1]
     assert sorted(name for name, _ in items) == sorted(["cat/1.png", "cat/deep/3.png", *found])
-    assert ("(a link to a folder above it)" in capsys.readouterr().out) == (not found)
+    assert ("a link to a folder that is" in capsys.readouterr().out) == (not found)
+
+
+def test_no_image_is_listed_twice_however_folders_link_to_each_other(tmp_path):
+    make(tmp_path, *(f"images/{name}/1.png" for name in "abcdefghij"), "pool/x/1.png", "pool/y/1.png")
+    for name in "abcdefghij":
+        for other in "abcdefghij":
+            (tmp_path / "images" / name / f"to-{other}").symlink_to(tmp_path / "images" / other)
+    for link in "x", "y", "":
+        (tmp_path / "images" / "a" / f"pool{link}").symlink_to(tmp_path / "pool" / link)
+    names = [name for name, _ in list_images(tmp_path / "images")[1]]
+    assert len(names) == 12 and sorted({name[0] for name in names}) == list("abcdefghij")
+    (tmp_path / "images" / "k").symlink_to(tmp_path / "images" / "a")
+    with pytest.raises(BadInput, match="are the same folder"):
+        list_images(tmp_path / "images")
+
+
+@pytest.mark.parametrize("link", ["cat/2.png", "dog", "cat/self"])
+def test_a_link_that_leads_nowhere_ends_the_listing(link, tmp_path):
+    make(tmp_path, "cat/1.png")
+    (tmp_path / link).symlink_to(tmp_path / "cat" / "self")
+    with pytest.raises(BadInput, match=f"{link}: a link that leads nowhere"):
+        list_images(tmp_path)
 
 
 def test_an_unreadable_folder_ends_the_listing(tmp_path, monkeypatch):

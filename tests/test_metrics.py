@@ -10,6 +10,7 @@ from PIL import Image
 import fid
 import train
 from lib.checkpoint import read_checkpoint
+from lib.images import subset
 from lib.log import read_table
 from lib.run import BadInput
 from sample import Sampling, generate
@@ -60,7 +61,7 @@ def test_mmd_is_the_formula_of_cmmd():
     assert fid.mmd(torch.tensor(many), b) == pytest.approx(expected, rel=1e-9)
 
 
-def test_mmds_come_from_10000_embeddings_spread_evenly():
+def test_mmds_come_from_10000_embeddings_of_all_parts():
     zeros = torch.zeros(10_000, 3, 1, 1, dtype=torch.uint8)
     batches = [(range(10_000, 20_000), zeros + 1), (range(10_000), zeros)]
     extractor = SmallInception()
@@ -153,11 +154,28 @@ def test_folders_and_npz_files_are_scored_alike(run):
     first = scores_in(run("--images images --ref ref.npz"))
     for words in ("--images images --batch 3", "--npz plain.npz", "--npz packed.npz --batch 5"):
         assert scores_in(run(f"{words} --ref ref.npz")) == pytest.approx(first, rel=1e-6)
-    some = fid.npz_images("packed.npz", 4, 3), fid.folder_images("images", None, 4, 3)
-    for count, size, batches in some:                                   # 4 of 14, spread evenly
+    rows = subset("", 14, 4)
+    for count, size, batches in (fid.npz_images("packed.npz", 4, 3),
+                                 fid.folder_images("images", None, 4, 3)):
         indices, images = zip(*batches)
         assert (count, size, *map(list, indices)) == (4, "10x6", [0, 1, 2], [3])
-        assert np.array_equal(torch.cat(images).permute(0, 2, 3, 1), PIXELS[[0, 3, 7, 10]])
+        assert np.array_equal(torch.cat(images).permute(0, 2, 3, 1), PIXELS[rows])
+
+
+def test_a_subset_has_all_classes_whether_they_take_turns_or_not(tmp_path):
+    for count, n, classes in (100, 10, 10), (50_000, 10_000, 1_000), (120, 40, 12):
+        taking_turns = np.bincount(np.array(subset("", count, n)) % classes, minlength=classes)
+        assert taking_turns.max() <= 5 + 2 * n / classes and (taking_turns > 0).mean() > 0.5
+        for by_class in True, False:  # images sorted by class
+            rows = np.array(subset("", count, n, by_class))
+            assert np.abs(np.bincount(rows * classes // count) - n / classes).max() < 1
+            assert (np.diff(rows) > 0).all() and rows[-1] < count
+    for i in range(40):
+        file = tmp_path / "images" / "ab"[i // 20] / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((2, 2, 3), i, np.uint8)).save(file)
+    _, _, batches = fid.folder_images(tmp_path / "images", None, 8, 8)
+    assert next(batches)[1][:, 0, 0, 0].tolist() == list(range(0, 40, 5))
 
 
 def test_images_are_at_distance_0_from_their_own_statistics(run):

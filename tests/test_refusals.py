@@ -2,6 +2,7 @@
 (What fid.py refuses of reference files and sample files is in tests/test_metrics.py.)"""
 import contextlib
 import os
+import pathlib
 import shlex
 import shutil
 
@@ -11,6 +12,7 @@ from conftest import save_tiny, small_reference
 from safetensors.torch import save_file
 
 import fid
+import lib.flags
 import sample
 import train
 import vae
@@ -60,7 +62,7 @@ def cases(*table):
 @cases(
     ("no such folder", "--images missing"), ("no class folders", "--images empty"),
     ("expected a path", "--images="), ("--colour", "--colour"), ("expected 1", "--size 0"),
-    ("none of 1 images can be read; the first: cat/1.png (not an intact", "--images broken"),
+    ("none of 1 images can be read; the first: cat/1.png (damaged, or no", "--images broken"),
     ("expected flux2, taef2", "--vae nonsense"), ("cannot be loaded", "--vae nobody/nothing"),
     ("cannot be written to", "--out file/cache"), ("inside --images", "--out images/cache"),
     ("another images, list, classes, size", "--images other --out cache"))
@@ -87,6 +89,7 @@ def test_train(given, words, refused, nothing_written, small_inception):
     ("0 to 4 or a class name", "--classes a zebra"), ("--interval", "--interval 0.9,0.1"),
     ("--t-eps 0 divides by zero", "--ckpt eps.safetensors --t-eps 0"),
     ("folder does not exist", "--out no/such/a.png"), ("NAME.png", "--out a.jpg", "--out a.npy"),
+    ("NAME.png", "--out a.svg", "--out a.txt.gz"),
     ("something else has that name", "--out empty.png"),
     ("holds 1 images besides the 10 asked for", "--out broken/cat"))
 def test_sample(given, words, refused, nothing_written):
@@ -156,7 +159,7 @@ def test_steps_may_change_until_the_learning_rate_has_followed_from_them(step, s
 # Ranks, flags, paths
 
 @cases(
-    ("RANK=1", "RANK=1"), ("RANK=x", "RANK=x"),
+    ("RANK=1", "RANK=1"), ("RANK=x", "RANK=x"), ("does not fit", "LOCAL_WORLD_SIZE=0"),
     ("without RANK and MASTER_ADDR and MASTER_PORT", "WORLD_SIZE=2"),
     ("cannot connect", "RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=x"))
 def test_ranks_that_do_not_fit_together(given, words, monkeypatch, refused):
@@ -205,6 +208,7 @@ def test_a_tilde_is_expanded_where_the_shell_leaves_it(finished, tmp_path, monke
     assert vae.main("--images=~/images --out=~/latents --vae pixels --size 8".split()) == 0
     assert sample.main("--ckpt=~/run/ema.safetensors --out=~/grid.png --steps=1".split()) == 0
     assert sorted(os.listdir()) == ["cache", "grid.png", "images", "latents", "run"]
+    assert lib.flags.path("./~/run") == pathlib.Path("~/run")  # a folder called ~
 
 
 def test_a_command_to_paste_quotes_its_path(finished, tmp_path, capsys):

@@ -107,7 +107,10 @@ def test_a_second_run_in_the_folder_is_waited_for_and_refused(finished, run, ref
     refused(train.main, flags(finished[0], run), "another run writes there")
     assert 90 < sum(slept) < 140
     monkeypatch.setattr(time, "sleep", lambda seconds: first.close())
+    for name in ".tmp-1-all.npz.npy", ".tmp-2-last.safetensors":
+        (run / name).touch()
     assert train.main(flags(finished[0], run)) == 0
+    assert [path.name for path in run.glob(".tmp*")] == [".tmp-1-all.npz.npy"]  # sample.py's
 
 
 def first_demo(folder, target):
