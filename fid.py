@@ -208,8 +208,8 @@ def save_reference(file, mu, sigma, embeddings=None, **about) -> Reference:
 
 def npz_images(file, n, batch):
     """Read ADM's sample file, `arr_0` uint8 (N, H, W, 3), image by image: 50,000 of 256² are 10 GB.
-    n: how many, spread over the file; None for all. Returns what lib.images.folder_images does. Raises
-    BadInput."""
+    n: how many, spread over the file; None for all. Returns what lib.images.folder_images does.
+    Raises BadInput."""
     with one_line_errors(file):
         stream = zipfile.ZipFile(file).open("arr_0.npy")
         np.lib.format.read_magic(stream)

@@ -13,7 +13,6 @@ import concurrent.futures
 import copy
 import dataclasses
 import math
-import mimetypes
 import os
 import pathlib
 import secrets
@@ -280,8 +279,9 @@ def write_npz(file, n, size, batches):
 # The program
 
 SHOWN = (88, 207, 279, 360, 387, 417, 933, 979)  # of ImageNet: macaw, retriever, arctic fox ...
-OTHER_FORMATS = {".npy", ".safetensors", ".exr", ".jxl", *Image.registered_extensions(),
-                 *mimetypes.types_map, *mimetypes.encodings_map} - {".png", ".npz"}
+OTHER_FORMATS = {
+    ".npy", ".zip", ".tar", ".gz", ".7z", ".svg", ".heic", ".jxl", ".exr", ".mp4", ".txt", ".csv",
+    ".json", ".safetensors", ".pt", ".pth", *Image.registered_extensions()} - {".png"}
 
 
 def pick_classes(wanted, names, num_classes):
@@ -301,7 +301,7 @@ def pick_classes(wanted, names, num_classes):
 def check_out(out):
     """Raises BadInput where samples cannot be written to `out`: NAME.png, NAME.npz or a folder."""
     suffix = out.suffix.lower()
-    if suffix in OTHER_FORMATS:
+    if suffix in OTHER_FORMATS and not out.is_dir():
         raise BadInput(f"--out {out}: expected NAME.png (a grid), NAME.npz or the name of a folder")
     if not os.access(out.absolute().parent, os.W_OK):
         raise BadInput(f"--out {out}: its folder does not exist or cannot be written to")

@@ -199,7 +199,8 @@ def from_uint8(images: torch.Tensor) -> torch.Tensor:
 
 def is_finished(shard, items, settings, root, read):
     """Whether the shard at this path holds the latents of items [(path, label)], whose images have
-    not changed since. Raises BadInput where it belongs to another cache."""
+    not changed since. A note that it lacks is written. Raises BadInput where it belongs to another
+    cache."""
     if not shard.exists():
         return False
     _, theirs = open_shard(shard)
@@ -333,8 +334,10 @@ def main(argv=None):
     check_disk(out, need)
     if rank() == 0 and vae.path:
         write_note(out / "source.json", path=vae.path)
-    for k in todo:  # outdated ones, which would be trained on if this were interrupted
-        paths[k].unlink(missing_ok=True)
+    for k in todo:  # outdated shards must not be trained on if this is interrupted
+        if paths[k].exists():
+            os.replace(paths[k], paths[k].with_suffix(".outdated"))
+            paths[k].with_suffix(".json").unlink(missing_ok=True)
     jobs, threads = [name for k in todo for name, _ in shards[k]], cores()
     images = prefetched(read, jobs, threads, 2 * (args.batch + threads))
     with lock, tqdm(total=len(jobs), unit="image", disable=rank() > 0 or None) as bar:
@@ -348,6 +351,7 @@ def main(argv=None):
             tensors, unreadable = encoded
             save_shard(paths[k], tensors, settings | {"shard": k, "unreadable": unreadable})
             write_note(paths[k].with_suffix(".json"), stamp=stamp)
+            paths[k].with_suffix(".outdated").unlink(missing_ok=True)
     log(f"{out}: written; next: python train.py --latents {quoted(out)}")
     return 0
 

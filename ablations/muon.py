@@ -5,10 +5,11 @@
 AdamW scales every number of a gradient by itself. Muon treats a matrix as a whole: it averages the
 gradient and replaces the singular values of the average by numbers near 1, so that directions with
 small gradients are learned as fast as those with large ones. Only the matrices of the blocks are
-trained so. The embeddings, the final layer, norms and biases stay with AdamW.
+trained this way. The embeddings, the final layer, norms and biases stay with AdamW.
 
-An orthogonal m×n matrix has entries of root mean square 1/sqrt(max(m, n)). Steps are scaled to 0.2,
-which is about what AdamW's have (arXiv 2502.16982), so that one learning rate can serve both.
+An orthogonal m×n matrix has entries of root mean square 1/sqrt(max(m, n)). Steps are scaled to a
+root mean square of 0.2, about that of AdamW's (arXiv 2502.16982), so that one learning rate can
+serve both.
 """
 import torch
 
@@ -24,7 +25,8 @@ def orthogonalize(matrices) -> torch.Tensor:
 
     Five steps of x <- a x + b (x x^T) x + c (x x^T)² x, which act on each singular value by itself.
     Jordan chose a, b and c so that small values grow fast. Those above 0.01 of the matrix's norm
-    end between 0.68 and 1.14, which serves as well as 1. On CUDA it computes in bf16.
+    end between 0.68 and 1.14, which serves as well as 1. On CUDA it computes in bf16, whatever the
+    precision of the network.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     if tall := x.shape[-2] > x.shape[-1]:

@@ -95,7 +95,7 @@ def lock_folder(folder, patience=120):
         time.sleep(2)
     if rank() == 0:
         for stale in folder.glob(".tmp*"):  # of a save that was killed; safetensors has some, too
-            if stale.suffix in ("", ".safetensors"):  # others may be sample.py's or fid.py's
+            if stale.suffix in ("", ".safetensors", ".json"):  # others may be sample.py's, in use
                 stale.unlink(missing_ok=True)
     barrier()  # no rank reads the folder while another run may still be saving
     return file

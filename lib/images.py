@@ -38,10 +38,10 @@ dark_images = []  # the first image that looks like 12-bit data; only this one i
 def open_image(data: bytes, name="an image") -> Image.Image:
     """Read the content of an image file as a PIL image in RGB.
 
-    The image is turned as its EXIF orientation says, transparency is laid on white, 16 bits (always
-    0 to 65535) are scaled to 8, and an animation gives its first frame. ICC profiles and all other
-    metadata are ignored, as in ADM's and torchvision's loaders. Raises ValueError for 32-bit
-    integers and floats, whose range is unknown, and errors of many types for damaged files.
+    The image is turned as its EXIF or XMP orientation says, transparency is laid on white, 16 bits
+    (always 0 to 65535) are scaled to 8, and an animation gives its first frame. ICC profiles and
+    all other metadata are ignored, as in ADM's and torchvision's loaders. Raises ValueError for
+    32-bit integers and floats, whose range is unknown, and errors of many types for damaged files.
     """
     image, is_deep = decode(data)
     transposition = exif_transposition(image)
@@ -71,17 +71,16 @@ def decode(data):
     """(PIL image, whether it has 16 bits or more). Pillow refuses a whole PNG file where one of its
     profiles, texts or other metadata is malformed or large. Such a file is decoded again without
     them, and at last without its EXIF block, too."""
-    ways = [data]
-    if data.startswith(PNG):
-        ways += png_chunks(data, (*PNG_PIXELS, b"eXIf")), png_chunks(data, PNG_PIXELS)
-    for way in ways:
+    kinds = [None, (*PNG_PIXELS, b"eXIf"), PNG_PIXELS] if data.startswith(PNG) else [None]
+    for kind in kinds:
+        content = png_chunks(data, kind) if kind else data
         try:
-            with Image.open(io.BytesIO(way), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 is_deep = image.mode.startswith("I") or ";16" in str(image.tile)  # grey or colour
                 image.load()
             return image, is_deep
         except Exception:
-            if way is ways[-1]:
+            if kind is kinds[-1]:
                 raise
 
 
@@ -148,35 +147,43 @@ def visible(folder):
     except OSError as error:
         raise BadInput(f"{folder}: no such folder, or not readable ({error.strerror})") from None
     for entry in entries:
-        if entry.is_symlink() and not os.path.exists(entry):
-            raise BadInput(f"{entry.path}: a link that leads nowhere: mend it or remove it")
+        suffix = pathlib.Path(entry.path).suffix.lower()
+        if entry.is_symlink() and not os.path.exists(entry) and suffix in ("", *SUFFIXES):
+            raise BadInput(f"{entry.path}: a link that leads nowhere, or where this user may not "
+                           "look: mend it or remove it")
     return sorted(entries, key=lambda entry: entry.name)
 
 
 def image_files(folder, seen=None):
     """Find the image files in a folder and its subfolders, following links, but into no folder
-    twice. Hidden files and folders are ignored.
+    twice, nor into one above it. Hidden files and folders are ignored.
 
     seen: the resolved paths of folders not to be entered; those that are entered are added to it.
-    Returns (sorted paths, Counter of what was not taken, by suffix). Raises BadInput for a folder
-    that cannot be read and for a link that leads nowhere.
+    Returns (paths, Counter of what was not taken, by suffix). Paths are sorted folder by folder,
+    those behind links last. Raises BadInput for a folder that cannot be read and for a link that
+    leads nowhere.
     """
-    images, not_taken = [], collections.Counter()
-    seen = set() if seen is None else seen
-    seen.add(pathlib.Path(folder).resolve())
-    for entry in visible(folder):
-        path = pathlib.Path(entry.path)
-        if entry.is_dir():
-            if path.resolve() in seen:
-                not_taken[f"{path.name}/ (a link to a folder that is listed elsewhere)"] += 1
-                continue
-            found, others = image_files(path, seen)
-            images += found
-            not_taken += others
-        elif entry.is_file() and path.suffix.lower() in SUFFIXES:
-            images.append(path)
-        else:
-            not_taken[path.suffix.lower() or "without a suffix"] += 1
+    images, links, not_taken = [], [], collections.Counter()
+    seen = set(pathlib.Path(folder).resolve().parents) if seen is None else seen
+
+    def walk(folder):
+        place = folder.resolve()
+        if place in seen:
+            not_taken[f"{folder.name}/ (a link to a folder listed already, or above)"] += 1
+            return
+        seen.add(place)
+        for entry in visible(folder):
+            path = pathlib.Path(entry.path)
+            if entry.is_dir():
+                links.append(path) if entry.is_symlink() else walk(path)
+            elif entry.is_file() and path.suffix.lower() in SUFFIXES:
+                images.append(path)
+            else:
+                not_taken[path.suffix.lower() or "without a suffix"] += 1
+
+    walk(pathlib.Path(folder))
+    while links:  # last, so that an image is listed where it lies
+        walk(links.pop(0))
     return images, not_taken
 
 
@@ -193,23 +200,28 @@ def list_images(folder):
 
     Returns (class names, [(path relative to FOLDER, as "class/name.jpg", label)]), both sorted, and
     logs how many images each class has and what was not taken. Raises BadInput where a folder
-    cannot be read, where there are no class folders, or where one holds no images.
+    cannot be read, where there are no class folders, where one holds no images, or where links put
+    a folder into two classes.
     """
+    root = pathlib.Path(folder).resolve()
+    above = {root, *root.parents}
     classes, items, counts, nested = [], [], [], []
-    not_taken, places = collections.Counter(), {}  # places: the class folders, by resolved path
+    not_taken, owners = collections.Counter(), {}  # owners: of each folder read, its class
     for entry in visible(folder):
         path = pathlib.Path(entry.path)
         if not entry.is_dir():
             not_taken[f"{path.suffix.lower() or path.name} outside the class folders"] += 1
-        elif (place := path.resolve()) in places:
-            raise BadInput(f"{path} and {places[place]} are the same folder, so its images would "
-                           "be in two classes: remove one of the links")
-        else:
-            places[place] = path
-    root = pathlib.Path(folder).resolve()
-    for path in places.values():
-        # Links to the other classes and to what is above them are not followed.
-        images, others = image_files(path, {root, *root.parents, *places})
+            continue
+        if path.resolve() in above:
+            raise BadInput(f"{path}: a link to a folder above it: remove it")
+        seen = {*above, *path.resolve().parents}
+        barred = frozenset(seen)
+        images, others = image_files(path, seen)
+        for place in seen - barred:
+            if place in owners:
+                raise BadInput(f"{place} would be in two classes, {owners[place]} and {path.name}: "
+                               "remove one of the links to it")
+            owners[place] = path.name
         if not images:
             raise BadInput(f"{path}: a class folder without images of a known format; it holds "
                            f"{describe(others)}")

@@ -172,7 +172,7 @@ def test_orthogonalize_maps_each_singular_value_by_the_polynomial(shape):
         values = 3.4445 * values - 4.7750 * values ** 3 + 2.0315 * values ** 5
     found = orthogonalize(matrices)
     assert_close(found.double(), left * values[:, None] @ right, rtol=0, atol=1e-5)
-    assert values[:2].max() < 1.21 and values.median() > 0.68
+    assert torch.linalg.svdvals(found).max() < 1.21 and torch.linalg.svdvals(found).median() > 0.68
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon yet")
@@ -180,6 +180,7 @@ def test_muons_steps_are_torchs_for_matrices_and_adamws_for_the_rest():
     ours, theirs = (Muon(awake(tiny_net())) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     optimizer = ours.make_optimizer(argparse.Namespace(lr=0.01, muon_lr=0.02))
+    torch.manual_seed(0)
     matrices = [p for name, p in theirs.named_parameters() if "blocks." in name and p.ndim == 2]
     rest = [p for name, p in theirs.named_parameters() if "blocks." not in name or p.ndim != 2]
     references = [

@@ -139,21 +139,33 @@ def test_links_are_followed_but_not_back(link, target, found, tmp_path, capsys):
     (root / "images" / link).symlink_to(tmp_path / target)
     items = list_images(root / "images")[1]
     assert sorted(name for name, _ in items) == sorted(["cat/1.png", "cat/deep/3.png", *found])
-    assert ("a link to a folder that is" in capsys.readouterr().out) == (not found)
+    assert ("(a link to a folder listed already" in capsys.readouterr().out) == (not found)
 
 
 def test_no_image_is_listed_twice_however_folders_link_to_each_other(tmp_path):
-    make(tmp_path, *(f"images/{name}/1.png" for name in "abcdefghij"), "pool/x/1.png", "pool/y/1.png")
-    for name in "abcdefghij":
-        for other in "abcdefghij":
-            (tmp_path / "images" / name / f"to-{other}").symlink_to(tmp_path / "images" / other)
+    folders = [tmp_path / "images" / "a" / name for name in "bcdefghij"]
+    make(tmp_path, "pool/x/1.png", "pool/y/1.png", *(folder / "1.png" for folder in folders))
+    for folder in folders:
+        for other in folders:  # the number of ways through them is that of permutations
+            (folder / f"a-{other.name}").symlink_to(other)
     for link in "x", "y", "":
-        (tmp_path / "images" / "a" / f"pool{link}").symlink_to(tmp_path / "pool" / link)
+        (tmp_path / "images" / "a" / f"a-pool{link}").symlink_to(tmp_path / "pool" / link)
+    (folders[0] / "up").symlink_to(tmp_path)
     names = [name for name, _ in list_images(tmp_path / "images")[1]]
-    assert len(names) == 12 and sorted({name[0] for name in names}) == list("abcdefghij")
-    (tmp_path / "images" / "k").symlink_to(tmp_path / "images" / "a")
-    with pytest.raises(BadInput, match="are the same folder"):
-        list_images(tmp_path / "images")
+    assert names == sorted([f"a/{name}/1.png" for name in "bcdefghij"]
+                           + ["a/a-pool/x/1.png", "a/a-pool/y/1.png"])
+    assert len(image_files(tmp_path / "images")[0]) == 11
+
+
+@pytest.mark.parametrize("link, target, words", [
+    ("dog", "cat", "would be in two classes, cat and dog"),
+    ("cat/dogs", "dog/deep", "would be in two classes, cat and dog"),
+    ("all", "", "a link to a folder above it")])
+def test_links_that_put_a_folder_into_two_classes_are_refused(link, target, words, tmp_path):
+    make(tmp_path, "cat/1.png", "dog/deep/2.png" if "deep" in target else "cat/2.png")
+    (tmp_path / link).symlink_to(tmp_path / target)
+    with pytest.raises(BadInput, match=words):
+        list_images(tmp_path)
 
 
 @pytest.mark.parametrize("link", ["cat/2.png", "dog", "cat/self"])
