@@ -216,8 +216,8 @@ def is_finished(shard, items, settings, root, read):
         if not changed:
             write_note(shard.with_suffix(".json"), stamp=stamp)
     if changed:
-        log(f"{shard.name}: its images have changed since it was written: encoding them again (a run "
-            "on the old latents would go on with the new ones: give it another --out)")
+        log(f"{shard.name}: its images have changed since it was written: encoding them again (a "
+            "run on the old latents would go on with the new ones: give it another --out)")
         return False
     # Another version of Pillow, say, may read what was left out.
     return all(read(name)[0] is None for name in theirs["unreadable"])
