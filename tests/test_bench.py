@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench import figures, geometry, solvers, spectrum, speed, toy
+from bench import figures, geometry, solvers, spectrum, speed, toy, variance
 from model import JLT, SIZES, TARGETS, Denoiser, coefficients, edm, slope
 from test_all import flags, small_cache
 from train import main as train_main
@@ -86,6 +86,35 @@ def test_geometry_measures_the_best_network_on_the_lines(target):
     measured = geometry.measure(Denoiser(Best(1, 1), target), data, vectors)
     for name, values in measured.items():
         torch.testing.assert_close(values, theory[name], rtol=0.06, atol=1e-5)
+
+
+def parts_of_samples(target, coefficient):
+    """Along the four axes of a token, samples of a network that predicts coefficient(t) (4,) * z:
+    (16000, 4)."""
+    class Linear(torch.nn.Linear):
+        patch_size, in_channels, input_size, num_classes = 1, 4, 4, 1
+
+        def forward(self, z, t, y):
+            return torch.as_tensor(coefficient(float(t[0]))).float()[:, None, None] * z
+    return spectrum.tokens(variance.draw(Denoiser(Linear(1, 1), target, t_eps=0.02), 1000), 1)
+
+
+def test_samples_of_the_best_network_vary_as_the_data_does(target):
+    def coefficient(t):
+        return spectrum.best_prediction(target, EIGENVALUES, t)["coefficient"]
+    measured = parts_of_samples(target, coefficient).square().mean(0)
+    torch.testing.assert_close(measured, EIGENVALUES, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("left_out, expected", [("x", 0), ("v", 1), ("edm", 0.2)])
+def test_what_a_network_leaves_out_keeps_the_variance_that_its_target_assumes(left_out, expected):
+    parts = parts_of_samples(left_out, lambda t: [0.0] * 4)
+    measured = parts.square().mean(0)
+    torch.testing.assert_close(measured, torch.full_like(measured, expected), rtol=0.05, atol=1e-3)
+    matched = variance.matched(parts, EIGENVALUES)
+    torch.testing.assert_close(matched.square().mean(0), EIGENVALUES, rtol=0.03, atol=1e-3)
+    if left_out == "v":  # where there is too much, nothing is drawn: it is scaled
+        torch.testing.assert_close(matched[:, 2], parts[:, 2] * (0.1 / measured[2]) ** 0.5)
 
 
 class Knows(torch.nn.Linear):

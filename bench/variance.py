@@ -1,0 +1,115 @@
+"""How much samples vary along each direction of the data, and so what a network leaves out.
+
+    python -m bench.variance data/cifar10-64 --ckpt out/x.safetensors out/v.safetensors --out v.png
+    python -m bench.variance data/cifar10-64 --ckpt out/x.safetensors --match x.npz --out x.png
+
+The directions are those of bench/spectrum.py, the eigenvectors of the covariance of the data's
+tokens, largest variance first. The variance of samples along them, around the data's mean, is drawn
+beside the data's own.
+
+What to expect where a network passes nothing of a direction: the clean latent that it stands for is
+then a multiple c of z alone, and the sampler follows dz/dt = (c - 1) z / (1-t) from noise of
+variance 1. The solution at t = 1 has the variance that the target takes for granted. For x, c = 0
+and all noise is taken out: 0. For v, c = 1 and all of it stays: 1. For edm, c = k t / ((1-t)² +
+k t²), and k is left. So a network that predicts x blurs what it leaves out, and one that predicts v
+leaves noise there.
+
+--match is a control for FID: it gives the samples the data's variance along each direction, by
+scaling them down where they vary more and by adding noise where they vary less, and writes the
+images for fid.py --npz. What a target gains by this it had lost by variance alone.
+"""
+import numpy as np
+import torch
+
+from bench.figures import COLORS, DASHES, image_path, pyplot, save_figure
+from bench.spectrum import spectrum, token_statistics, tokens
+from lib.checkpoint import load_denoiser
+from lib.files import atomic
+from lib.flags import Parser, number, path
+from lib.run import BadInput, image_batches, log, pick_device, program
+from sample import balanced_labels, guided_velocity, image_noise, ode_sample
+from vae import LatentDataset, open_vae, to_uint8
+
+
+@torch.inference_mode()
+def draw(denoiser, n):
+    """n latents (n, C, H, W) on the CPU. Classes take turns; no guidance; ab2 with 25 steps."""
+    net, device, latents = denoiser.net, next(denoiser.parameters()).device, []
+    shape = net.in_channels, net.input_size, net.input_size
+    for indices in image_batches(n, 64):
+        y = balanced_labels(range(net.num_classes), indices).to(device)
+        noise = image_noise(0, indices, shape).to(device)
+        latents.append(ode_sample(guided_velocity(denoiser, y), noise, 25, "ab2").cpu())
+    return torch.cat(latents)
+
+
+def matched(parts, eigenvalues):
+    """Tokens (N, D), given along the directions, with their mean squares turned into the data's
+    eigenvalues (D,)."""
+    variance = parts.square().mean(0)                                   # (D,)
+    missing = (eigenvalues - variance).clamp(min=0)
+    noise = torch.randn(parts.shape, dtype=parts.dtype, generator=torch.Generator().manual_seed(0))
+    return parts * (eigenvalues / variance).clamp(max=1).sqrt() + noise * missing.sqrt()
+
+
+def write_images(file, latents, vae):
+    """Decode latents into ADM's sample file."""
+    images = [to_uint8(vae.decode(part)).permute(0, 2, 3, 1).cpu() for part in latents.split(64)]
+    with atomic(file) as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, arr_0=torch.cat(images).numpy())
+
+
+@program
+def main(argv=None):
+    parser = Parser("The variance of samples along each direction of the data.")
+    add = parser.add_argument
+    add("cache", metavar="CACHE", type=path, help="the latents that the networks learned from")
+    add("--ckpt", type=path, nargs="+", required=True, help="checkpoints of one patch size")
+    add("--num-samples", type=number(int, 1, 10**6), default=2000, help="images per checkpoint")
+    add("--out", type=image_path, required=True, help="the figure, NAME.png")
+    add("--match", type=path, metavar="NAME.npz", help="write the first network's samples with the "
+        "data's variance")
+    args = parser.parse_args(argv)
+    data = LatentDataset(args.cache)
+    denoisers = [load_denoiser(file, device=pick_device()) for file in args.ckpt]
+    patch, plt, targets = denoisers[0].net.patch_size, pyplot(), []
+    mean, covariance = token_statistics(data, patch)
+    eigenvalues, vectors = spectrum(covariance)
+    groups = torch.arange(len(mean)).tensor_split(min(len(mean), 32))
+    positions = [float(group.double().mean()) + 1 for group in groups]
+
+    figure, panel = plt.subplots(figsize=(8, 4.2))
+    log(f"{args.cache.name}, patch {patch}: variance by direction, means of groups; and the whole")
+    log(f"{'directions up to':<24}" + "".join(f"{int(group[-1]) + 1:>8}" for group in groups[::4]))
+
+    def show(name, variance, **style):
+        means = [float(variance[group].mean()) for group in groups]
+        log(f"{name:<24}" + "".join(f"{value:>8.3f}" for value in means[::4])
+            + f"{float(variance.sum()):>10.2f}")
+        panel.plot(positions, means, label=name, **style)
+
+    show("data", eigenvalues, color="black", linewidth=3, alpha=0.5)
+    for file, denoiser in zip(args.ckpt, denoisers):
+        net, target = denoiser.net, denoiser.target
+        if (net.patch_size, net.in_channels, net.input_size) != (patch, *data.shape[:2]):
+            raise BadInput(f"{file}: expected patch {patch}, as the first has, and latents of "
+                           f"{data.shape}")
+        dashes = DASHES[targets.count(target) % 4]
+        targets.append(target)
+        latents = draw(denoiser, args.num_samples)
+        parts = (tokens(latents, patch) - mean) @ vectors               # along the directions
+        show(f"predicts {target}", parts.square().mean(0), color=COLORS[target], linestyle=dashes)
+        if args.match and file == args.ckpt[0]:
+            rows = (matched(parts, eigenvalues) @ vectors.T + mean).float()
+            latents = net.unpatchify(rows.view(len(latents), -1, rows.shape[1]))
+            vae = open_vae(denoiser.settings, net.in_channels, device=pick_device())
+            with torch.inference_mode():
+                write_images(args.match, latents, vae)
+            log(f"-> {args.match}")
+    panel.set(yscale="log", xlabel="direction, largest variance of the data first",
+              ylabel="variance", title=f"samples and data, patch {patch}")
+    save_figure(figure, args.out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
