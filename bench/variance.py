@@ -1,7 +1,7 @@
 """How much samples vary along each direction of the data, and so what a network leaves out.
 
     python -m bench.variance data/cifar10-64 --ckpt out/x.safetensors out/v.safetensors --out v.png
-    python -m bench.variance data/cifar10-64 --ckpt out/x.safetensors --match x.npz --out x.png
+    python -m bench.variance data/cifar10-64 --ckpt out/x.safetensors --match --out x.png
 
 The directions are those of bench/spectrum.py, the eigenvectors of the covariance of the data's
 tokens, largest variance first. The variance of samples along them, around the data's mean, is drawn
@@ -16,7 +16,8 @@ leaves noise there.
 
 --match is a control for FID: it gives the samples the data's variance along each direction, by
 scaling them down where they vary more and by adding noise where they vary less, and writes the
-images for fid.py --npz. What a target gains by this it had lost by variance alone.
+images beside the checkpoint, NAME-matched.npz, for fid.py --npz. What a target gains by this it had
+lost by variance alone.
 """
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ def write_images(file, latents, vae):
     images = [to_uint8(vae.decode(part)).permute(0, 2, 3, 1).cpu() for part in latents.split(64)]
     with atomic(file) as temporary, open(temporary, "wb") as stream:
         np.savez(stream, arr_0=torch.cat(images).numpy())
+    log(f"-> {file}")
 
 
 @program
@@ -67,12 +69,15 @@ def main(argv=None):
     add("--ckpt", type=path, nargs="+", required=True, help="checkpoints of one patch size")
     add("--num-samples", type=number(int, 1, 10**6), default=2000, help="images per checkpoint")
     add("--out", type=image_path, required=True, help="the figure, NAME.png")
-    add("--match", type=path, metavar="NAME.npz", help="write the first network's samples with the "
-        "data's variance")
+    add("--match", action="store_true", help="write the samples, given the data's variance")
     args = parser.parse_args(argv)
     data = LatentDataset(args.cache)
     denoisers = [load_denoiser(file, device=pick_device()) for file in args.ckpt]
     patch, plt, targets = denoisers[0].net.patch_size, pyplot(), []
+    for file, net in zip(args.ckpt, (denoiser.net for denoiser in denoisers)):
+        if (net.patch_size, net.in_channels, net.input_size) != (patch, *data.shape[:2]):
+            raise BadInput(f"{file}: expected patch {patch}, as the first has, and latents of "
+                           f"{data.shape}")
     mean, covariance = token_statistics(data, patch)
     eigenvalues, vectors = spectrum(covariance)
     groups = torch.arange(len(mean)).tensor_split(min(len(mean), 32))
@@ -91,21 +96,16 @@ def main(argv=None):
     show("data", eigenvalues, color="black", linewidth=3, alpha=0.5)
     for file, denoiser in zip(args.ckpt, denoisers):
         net, target = denoiser.net, denoiser.target
-        if (net.patch_size, net.in_channels, net.input_size) != (patch, *data.shape[:2]):
-            raise BadInput(f"{file}: expected patch {patch}, as the first has, and latents of "
-                           f"{data.shape}")
         dashes = DASHES[targets.count(target) % 4]
         targets.append(target)
         latents = draw(denoiser, args.num_samples)
         parts = (tokens(latents, patch) - mean) @ vectors               # along the directions
         show(f"predicts {target}", parts.square().mean(0), color=COLORS[target], linestyle=dashes)
-        if args.match and file == args.ckpt[0]:
+        if args.match:
             rows = (matched(parts, eigenvalues) @ vectors.T + mean).float()
             latents = net.unpatchify(rows.view(len(latents), -1, rows.shape[1]))
             vae = open_vae(denoiser.settings, net.in_channels, device=pick_device())
-            with torch.inference_mode():
-                write_images(args.match, latents, vae)
-            log(f"-> {args.match}")
+            write_images(file.with_name(f"{file.stem}-matched.npz"), latents, vae)
     panel.set(yscale="log", xlabel="direction, largest variance of the data first",
               ylabel="variance", title=f"samples and data, patch {patch}")
     save_figure(figure, args.out)
