@@ -90,19 +90,31 @@ def best_prediction(target, eigenvalues, t):
             "asked in v": asked / slope ** 2, "ambiguity": slope ** 2 * eigenvalues / s}
 
 
+def left_out(target, eigenvalues, width):
+    """The directions (D - width,) that do not pass a layer of so many numbers per token: the same
+    ones at all times, because the narrowest layer of a network does not depend on t, and those of
+    which least is asked in the mean of training's times."""
+    asked = sum(best_prediction(target, eigenvalues, t)["asked in v"] for t in TIMES)
+    return asked.argsort(descending=True)[width:]
+
+
 def linear_error(target, eigenvalues, width, times):
     """The squared error of the velocity, per number, at each of `times`, of the best linear
-    prediction of the target from z through `width` numbers per token (reduced-rank regression). The
-    same directions pass at all times, because the narrowest layer of a network does not depend on
-    t: those of which most is asked in the mean of training's times."""
-    asked = sum(best_prediction(target, eigenvalues, t)["asked in v"] for t in TIMES)
-    lost = asked.argsort(descending=True)[width:]
-    errors = []
+    prediction of the target from z through `width` numbers per token (reduced-rank regression)."""
+    lost, errors = left_out(target, eigenvalues, width), []
     for t in times:
         ambiguity = best_prediction("v", eigenvalues, t)["ambiguity"].sum()
         asked = best_prediction(target, eigenvalues, t)["asked in v"]   # (D,)
         errors.append(float((ambiguity + asked[lost].sum()) / len(eigenvalues)))
     return errors
+
+
+def ranges(directions):
+    """[1, 2, 3, 7] as "1-3, 7-7"."""
+    directions = sorted(directions)
+    starts = [i for i in directions if i - 1 not in directions]
+    ends = [i for i in directions if i + 1 not in directions]
+    return ", ".join(f"{start}-{end}" for start, end in zip(starts, ends))
 
 
 def print_table(eigenvalues, t):
@@ -128,10 +140,12 @@ def print_linear_errors(eigenvalues, width, t):
     times = [t, *((i + 0.5) / 10 for i in range(10))]
     log(f"\nvelocity error of the best linear prediction through {width} numbers per token, mean "
         "over training's times and by t")
-    log(f"{'':<18}{'mean':>10}" + "".join(f"{t:>10.4g}" for t in times))
+    log(f"{'':<18}{'mean':>10}" + "".join(f"{t:>10.4g}" for t in times) + "  directions kept")
     for name, target in targets.items():
         errors = [mean(target), *linear_error(target, eigenvalues, width, times)]
-        log(f"{name:<18}" + "".join(f"{error:>10.4g}" for error in errors))
+        lost = set((left_out(target, eigenvalues, width) + 1).tolist())
+        kept = ranges({*range(1, len(eigenvalues) + 1)} - lost)
+        log(f"{name:<18}" + "".join(f"{error:>10.4g}" for error in errors) + f"  {kept}")
 
 
 @program

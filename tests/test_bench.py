@@ -62,6 +62,13 @@ def test_the_linear_error_is_that_of_reduced_rank_regression(target, width, monk
         assert theory == pytest.approx(error.square().mean().item(), rel=0.01)
 
 
+def test_v_spends_its_width_on_empty_directions():
+    values = torch.tensor([9.0, 1.0, 0.5, 0.0, 0.0], dtype=torch.float64)
+    for target, kept in ("x", "0-2"), ("v", "0-0, 3-4"):
+        lost = spectrum.left_out(target, values, width=3).tolist()
+        assert spectrum.ranges({0, 1, 2, 3, 4} - set(lost)) == kept
+
+
 class Gaussian(list):
     """600 latents of 4 x 4 independent tokens, in place of a cache."""
     shape, tokens = (4, 4, 4), draws(600 * 16, 0.0)[0]
