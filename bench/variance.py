@@ -9,15 +9,14 @@ beside the data's own.
 
 What to expect where a network passes nothing of a direction: the clean latent that it stands for is
 then a multiple c of z alone, and the sampler follows dz/dt = (c - 1) z / (1-t) from noise of
-variance 1. The solution at t = 1 has the variance that the target takes for granted. For x, c = 0
-and all noise is taken out: 0. For v, c = 1 and all of it stays: 1. For edm, c = k t / ((1-t)² +
-k t²), and k is left. So a network that predicts x blurs what it leaves out, and one that predicts v
-leaves noise there.
+variance 1. The variance at t = 1 depends on the target alone. For x, c = 0 and all noise is taken
+out: 0. For v, c = 1 and all of it stays: 1. For edm, c = k t / ((1-t)² + k t²), and k is left. So a
+network that predicts x blurs what it leaves out, and one that predicts v leaves noise there.
 
 --match is a control for FID: it gives the samples the data's variance along each direction, by
 scaling them down where they vary more and by adding noise where they vary less, and writes the
-images beside the checkpoint, NAME-matched.npz, for fid.py --npz. What a target gains by this it had
-lost by variance alone.
+images beside the checkpoint, NAME-matched.npz, for fid.py --npz. Where two targets differ less
+after it than before, variance along these directions was part of the difference.
 """
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ def draw(denoiser, n):
 def matched(parts, eigenvalues):
     """Tokens (N, D), given along the directions, with their mean squares turned into the data's
     eigenvalues (D,)."""
-    variance = parts.square().mean(0)                                   # (D,)
+    variance = parts.square().mean(0).clamp(min=1e-12)                  # (D,)
     missing = (eigenvalues - variance).clamp(min=0)
     noise = torch.randn(parts.shape, dtype=parts.dtype, generator=torch.Generator().manual_seed(0))
     return parts * (eigenvalues / variance).clamp(max=1).sqrt() + noise * missing.sqrt()
@@ -73,39 +72,46 @@ def main(argv=None):
     args = parser.parse_args(argv)
     data = LatentDataset(args.cache)
     denoisers = [load_denoiser(file, device=pick_device()) for file in args.ckpt]
-    patch, plt, targets = denoisers[0].net.patch_size, pyplot(), []
-    for file, net in zip(args.ckpt, (denoiser.net for denoiser in denoisers)):
+    patch = denoisers[0].net.patch_size
+    for file, denoiser in zip(args.ckpt, denoisers):
+        net = denoiser.net
         if (net.patch_size, net.in_channels, net.input_size) != (patch, *data.shape[:2]):
             raise BadInput(f"{file}: expected patch {patch}, as the first has, and latents of "
                            f"{data.shape}")
+    codecs = [open_vae(denoiser.settings, denoiser.net.in_channels, device=pick_device())
+              for denoiser in denoisers if args.match]  # here already, to fail early
     mean, covariance = token_statistics(data, patch)
     eigenvalues, vectors = spectrum(covariance)
-    groups = torch.arange(len(mean)).tensor_split(min(len(mean), 32))
-    positions = [float(group.double().mean()) + 1 for group in groups]
 
-    figure, panel = plt.subplots(figsize=(8, 4.2))
-    log(f"{args.cache.name}, patch {patch}: variance by direction, means of groups; and the whole")
-    log(f"{'directions up to':<24}" + "".join(f"{int(group[-1]) + 1:>8}" for group in groups[::4]))
-
-    def show(name, variance, **style):
-        means = [float(variance[group].mean()) for group in groups]
-        log(f"{name:<24}" + "".join(f"{value:>8.3f}" for value in means[::4])
-            + f"{float(variance.sum()):>10.2f}")
-        panel.plot(positions, means, label=name, **style)
-
-    show("data", eigenvalues, color="black", linewidth=3, alpha=0.5)
-    for file, denoiser in zip(args.ckpt, denoisers):
-        net, target = denoiser.net, denoiser.target
-        dashes = DASHES[targets.count(target) % 4]
-        targets.append(target)
+    columns = {"data": eigenvalues}
+    for i, (file, denoiser) in enumerate(zip(args.ckpt, denoisers)):
         latents = draw(denoiser, args.num_samples)
         parts = (tokens(latents, patch) - mean) @ vectors               # along the directions
-        show(f"predicts {target}", parts.square().mean(0), color=COLORS[target], linestyle=dashes)
+        columns[str(file)] = parts.square().mean(0)
         if args.match:
             rows = (matched(parts, eigenvalues) @ vectors.T + mean).float()
-            latents = net.unpatchify(rows.view(len(latents), -1, rows.shape[1]))
-            vae = open_vae(denoiser.settings, net.in_channels, device=pick_device())
-            write_images(file.with_name(f"{file.stem}-matched.npz"), latents, vae)
+            latents = denoiser.net.unpatchify(rows.view(len(latents), -1, rows.shape[1]))
+            write_images(file.with_name(f"{file.stem}-matched.npz"), latents, codecs[i])
+
+    # The table and the chart, both of neighbouring directions in up to 32 groups.
+    targets = ["data", *(denoiser.target for denoiser in denoisers)]
+    log(f"{args.cache.name}, patch {patch}: mean variance by direction; predicts "
+        + ", ".join(f"{target} ({file})" for target, file in zip(targets[1:], args.ckpt)))
+    log(f"{'directions':<12}" + "".join(f"{target:>10}" for target in targets))
+    groups = torch.arange(len(mean)).tensor_split(min(len(mean), 32))
+    for group in groups:
+        name = f"{int(group[0]) + 1}-{int(group[-1]) + 1}"
+        log(f"{name:<12}" + "".join(f"{row[group].mean():>10.4f}" for row in columns.values()))
+    log(f"{'sum':<12}" + "".join(f"{row.sum():>10.1f}" for row in columns.values()))
+
+    figure, panel = pyplot().subplots(figsize=(8, 4.2))
+    positions = [float(group.double().mean()) + 1 for group in groups]
+    for i, (target, row) in enumerate(zip(targets, columns.values())):
+        style = dict(color=COLORS[target], label=f"samples: predicts {target}",
+                     linestyle=DASHES[targets[:i].count(target) % 4])
+        if i == 0:
+            style = dict(color="black", linewidth=3, alpha=0.5, label="data")
+        panel.plot(positions, [float(row[group].mean()) for group in groups], **style)
     panel.set(yscale="log", xlabel="direction, largest variance of the data first",
               ylabel="variance", title=f"samples and data, patch {patch}")
     save_figure(figure, args.out)

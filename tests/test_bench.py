@@ -113,14 +113,14 @@ def test_samples_of_the_best_network_vary_as_the_data_does(target):
     torch.testing.assert_close(measured, EIGENVALUES, rtol=0.05, atol=0.01)
 
 
-@pytest.mark.parametrize("left_out, expected", [("x", 0), ("v", 1), ("edm", 0.2)])
-def test_what_a_network_leaves_out_keeps_the_variance_that_its_target_assumes(left_out, expected):
-    parts = parts_of_samples(left_out, lambda t: [0.0] * 4)
+@pytest.mark.parametrize("name, expected", [("x", 0), ("v", 1), ("edm", 0.2)])
+def test_what_a_network_leaves_out_ends_with_a_variance_that_its_target_decides(name, expected):
+    parts = parts_of_samples(name, lambda t: [0.0] * 4)
     measured = parts.square().mean(0)
     torch.testing.assert_close(measured, torch.full_like(measured, expected), rtol=0.05, atol=1e-3)
     matched = variance.matched(parts, EIGENVALUES)
     torch.testing.assert_close(matched.square().mean(0), EIGENVALUES, rtol=0.03, atol=1e-3)
-    if left_out == "v":  # where there is too much, nothing is drawn: it is scaled
+    if name == "v":  # where there is too much, nothing is drawn: it is scaled
         torch.testing.assert_close(matched[:, 2], parts[:, 2] * (0.1 / measured[2]) ** 0.5)
 
 
