@@ -79,7 +79,8 @@ def main(argv=None):
             raise BadInput(f"{file}: expected patch {patch}, as the first has, and latents of "
                            f"{data.shape}")
     codecs = [open_vae(denoiser.settings, denoiser.net.in_channels, device=pick_device())
-              for denoiser in denoisers if args.match]  # here already, to fail early
+              for denoiser in denoisers if args.match]
+    plt = pyplot()  # like the codecs here already, to fail early
     mean, covariance = token_statistics(data, patch)
     eigenvalues, vectors = spectrum(covariance)
 
@@ -104,7 +105,7 @@ def main(argv=None):
         log(f"{name:<12}" + "".join(f"{row[group].mean():>10.4f}" for row in columns.values()))
     log(f"{'sum':<12}" + "".join(f"{row.sum():>10.1f}" for row in columns.values()))
 
-    figure, panel = pyplot().subplots(figsize=(8, 4.2))
+    figure, panel = plt.subplots(figsize=(8, 4.2))
     positions = [float(group.double().mean()) + 1 for group in groups]
     for i, (target, row) in enumerate(zip(targets, columns.values())):
         style = dict(color=COLORS[target], label=f"samples: predicts {target}",
