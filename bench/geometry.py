@@ -31,6 +31,18 @@ PANELS = {
 }
 
 
+def load_networks(files, data):
+    """The denoisers of checkpoints. Raises BadInput unless all have one patch size and take latents
+    such as those of the cache `data`."""
+    denoisers = [load_denoiser(file, device=pick_device()) for file in files]
+    patch = denoisers[0].net.patch_size
+    for file, net in zip(files, (denoiser.net for denoiser in denoisers)):
+        if (net.patch_size, net.in_channels, net.input_size) != (patch, *data.shape[:2]):
+            raise BadInput(f"{file}: expected patch {patch}, as the first has, and latents of "
+                           f"{data.shape}")
+    return denoisers
+
+
 @torch.inference_mode()
 def measure(denoiser, data, vectors):
     """The PANELS of a network, {name: (D,)}, by direction (vectors (D, D), one per column): the
@@ -96,15 +108,12 @@ def main(argv=None):
     add("--out", type=image_path, required=True, help="the figure, NAME.png")
     args = parser.parse_args(argv)
     data = LatentDataset(args.cache)
-    denoisers = [load_denoiser(file, device=pick_device()) for file in args.ckpt]
-    patch, measured = denoisers[0].net.patch_size, []
+    denoisers, measured = load_networks(args.ckpt, data), []
+    patch = denoisers[0].net.patch_size
     eigenvalues, vectors = spectrum(token_statistics(data, patch)[1])
     lines = theory(eigenvalues, [denoiser.target for denoiser in denoisers])
     for file, denoiser in zip(args.ckpt, denoisers):
-        net, target = denoiser.net, denoiser.target
-        if (net.patch_size, net.in_channels, net.input_size) != (patch, *data.shape[:2]):
-            raise BadInput(f"{file}: expected patch {patch}, as the first has, and latents of "
-                           f"{data.shape}")
+        target = denoiser.target
         rows = measure(denoiser, data, vectors)
         measured.append((target, rows))
         error, line = rows["velocity error"].mean(), lines[target]["velocity error"].mean()

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from bench.figures import COLORS, DASHES, image_path, pyplot, save_figure
+from bench.geometry import load_networks
 from bench.spectrum import spectrum, token_statistics, tokens
-from lib.checkpoint import load_denoiser
 from lib.files import atomic
 from lib.flags import Parser, number, path
-from lib.run import BadInput, image_batches, log, pick_device, program
+from lib.run import image_batches, log, pick_device, program
 from sample import balanced_labels, guided_velocity, image_noise, ode_sample
 from vae import LatentDataset, open_vae, to_uint8
 
@@ -71,24 +71,19 @@ def main(argv=None):
     add("--match", action="store_true", help="write the samples, given the data's variance")
     args = parser.parse_args(argv)
     data = LatentDataset(args.cache)
-    denoisers = [load_denoiser(file, device=pick_device()) for file in args.ckpt]
+    denoisers = load_networks(args.ckpt, data)
     patch = denoisers[0].net.patch_size
-    for file, denoiser in zip(args.ckpt, denoisers):
-        net = denoiser.net
-        if (net.patch_size, net.in_channels, net.input_size) != (patch, *data.shape[:2]):
-            raise BadInput(f"{file}: expected patch {patch}, as the first has, and latents of "
-                           f"{data.shape}")
     codecs = [open_vae(denoiser.settings, denoiser.net.in_channels, device=pick_device())
               for denoiser in denoisers if args.match]
     plt = pyplot()  # like the codecs here already, to fail early
     mean, covariance = token_statistics(data, patch)
     eigenvalues, vectors = spectrum(covariance)
 
-    columns = {"data": eigenvalues}
+    columns = [eigenvalues]
     for i, (file, denoiser) in enumerate(zip(args.ckpt, denoisers)):
         latents = draw(denoiser, args.num_samples)
         parts = (tokens(latents, patch) - mean) @ vectors               # along the directions
-        columns[str(file)] = parts.square().mean(0)
+        columns.append(parts.square().mean(0))
         if args.match:
             rows = (matched(parts, eigenvalues) @ vectors.T + mean).float()
             latents = denoiser.net.unpatchify(rows.view(len(latents), -1, rows.shape[1]))
@@ -102,12 +97,12 @@ def main(argv=None):
     groups = torch.arange(len(mean)).tensor_split(min(len(mean), 32))
     for group in groups:
         name = f"{int(group[0]) + 1}-{int(group[-1]) + 1}"
-        log(f"{name:<12}" + "".join(f"{row[group].mean():>10.4f}" for row in columns.values()))
-    log(f"{'sum':<12}" + "".join(f"{row.sum():>10.1f}" for row in columns.values()))
+        log(f"{name:<12}" + "".join(f"{row[group].mean():>10.4f}" for row in columns))
+    log(f"{'sum':<12}" + "".join(f"{row.sum():>10.1f}" for row in columns))
 
     figure, panel = plt.subplots(figsize=(8, 4.2))
     positions = [float(group.double().mean()) + 1 for group in groups]
-    for i, (target, row) in enumerate(zip(targets, columns.values())):
+    for i, (target, row) in enumerate(zip(targets, columns)):
         style = dict(color=COLORS[target], label=f"samples: predicts {target}",
                      linestyle=DASHES[targets[:i].count(target) % 4])
         if i == 0:
