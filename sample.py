@@ -148,6 +148,15 @@ def balanced_labels(classes, indices) -> torch.Tensor:
     return torch.tensor([classes[int(i) % len(classes)] for i in indices])
 
 
+def noise_and_labels(net, indices, classes=None, seed=0):
+    """What the images with these indices start from: noise (B, C, H, W) and labels (B,), on the
+    network's device. classes: the label ids that take turns; None: all."""
+    device = next(net.parameters()).device
+    z = image_noise(seed, indices, (net.in_channels, net.input_size, net.input_size))
+    y = balanced_labels(classes or range(net.num_classes), indices)
+    return z.to(device), y.to(device)
+
+
 def describe_classes(classes, num_classes, n) -> str:
     """Which classes n images show: "all" where every class is drawn equally often. Warns where some
     are drawn more often than others, since a score of such images is not one of the data set."""
@@ -176,13 +185,10 @@ def generate(denoiser: Denoiser, vae: Codec, indices, classes, sampling=Sampling
     """Draw the images with these indices: uint8 (B, 3, H, W) on the denoiser's device. classes: the
     label ids that take turns. z and the velocity are fp32 whatever the network computes in."""
     denoiser, net = with_floor(denoiser, sampling.t_eps), denoiser.net
-    device = next(net.parameters()).device
-    shape = net.in_channels, net.input_size, net.input_size
-    z = image_noise(sampling.seed, indices, shape).to(device)           # (B, C, H, W)
-    y = balanced_labels(classes, indices).to(device)                    # (B,)
+    z, y = noise_and_labels(net, indices, classes, sampling.seed)
     velocity = guided_velocity(denoiser, y, sampling.cfg, sampling.interval)
-    bf16 = use_bf16(sampling.precision, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    bf16 = use_bf16(sampling.precision, z.device)
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
         z = ode_sample(velocity, z, sampling.steps, sampling.method, sampling.breaks())
     return to_uint8(vae.decode(z))                                      # (B, 3, H, W)
 

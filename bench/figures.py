@@ -108,10 +108,8 @@ def draw_path(args):
 @torch.inference_mode()
 def predicted_latents(denoiser, classes, n, cfg):
     """The clean latents (n, C, H, W) as predicted at each of PATH_TIMES, and the samples."""
-    net, device, predicted = denoiser.net, next(denoiser.parameters()).device, {}
-    shape = net.in_channels, net.input_size, net.input_size
-    noise = sample.image_noise(0, range(n), shape).to(device)
-    y = sample.balanced_labels(classes, range(n)).to(device)
+    noise, y = sample.noise_and_labels(denoiser.net, range(n), classes)
+    predicted = {}
     guided = sample.guided_velocity(denoiser, y, cfg)
 
     def velocity(z, t):

@@ -21,7 +21,7 @@ from lib.checkpoint import load_denoiser
 from lib.flags import Parser, path
 from lib.log import read_table, write_table
 from lib.run import BadInput, log, pick_device, program
-from sample import balanced_labels, guided_velocity, image_noise, ode_sample
+from sample import guided_velocity, noise_and_labels, ode_sample
 
 N = 24  # images
 EVALUATIONS = (99, 49, 35, 27, 17, 12, 9, 7)  # of the velocity, per image
@@ -49,10 +49,7 @@ def steps_for(method, evaluations, pieces):
 def solve(denoiser, solver, cfg, evaluations):
     """(latents (N, C, H, W) of the images 0 ... N-1, how often the velocity was evaluated)."""
     method, apart = SOLVERS[solver]
-    net, device = denoiser.net, next(denoiser.parameters()).device
-    shape = net.in_channels, net.input_size, net.input_size
-    z = image_noise(0, range(N), shape).to(device)
-    y = balanced_labels(range(net.num_classes), range(N)).to(device)
+    z, y = noise_and_labels(denoiser.net, range(N))
     breaks = INTERVAL[:1] if apart and cfg != 1 else ()
     velocity, times = guided_velocity(denoiser, y, cfg, INTERVAL), []
 

@@ -27,18 +27,16 @@ from bench.spectrum import spectrum, token_statistics, tokens
 from lib.files import atomic
 from lib.flags import Parser, number, path
 from lib.run import image_batches, log, pick_device, program
-from sample import balanced_labels, guided_velocity, image_noise, ode_sample
+from sample import guided_velocity, noise_and_labels, ode_sample
 from vae import LatentDataset, open_vae, to_uint8
 
 
 @torch.inference_mode()
 def draw(denoiser, n):
     """n latents (n, C, H, W) on the CPU. Classes take turns; no guidance; ab2 with 25 steps."""
-    net, device, latents = denoiser.net, next(denoiser.parameters()).device, []
-    shape = net.in_channels, net.input_size, net.input_size
+    latents = []
     for indices in image_batches(n, 64):
-        y = balanced_labels(range(net.num_classes), indices).to(device)
-        noise = image_noise(0, indices, shape).to(device)
+        noise, y = noise_and_labels(denoiser.net, indices)
         latents.append(ode_sample(guided_velocity(denoiser, y), noise, 25, "ab2").cpu())
     return torch.cat(latents)
 
