@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench import figures, geometry, solvers, spectrum, speed, toy, variance
+from bench import figures, geometry, solvers, spectrum, speed, switch, toy
+from bench import variance
 from model import JLT, SIZES, TARGETS, Denoiser, coefficients, edm, slope
+from sample import image_noise
 from test_all import flags, small_cache
 from train import main as train_main
 
@@ -142,6 +144,25 @@ def test_the_path_shows_the_clean_latent_whatever_the_target(target):
     assert len(latents) == 11
     for clean in latents[1:10]:
         torch.testing.assert_close(clean, net.image.expand(2, -1, -1, -1), rtol=0, atol=1e-4)
+
+
+class Constant(Knows):
+    """A network that predicts the same everywhere."""
+
+    def __init__(self, velocity):
+        super().__init__(1, 1)
+        self.velocity = velocity
+
+    def forward(self, z, t, y):
+        return torch.full_like(z, self.velocity)
+
+
+@pytest.mark.parametrize("at", [0, 0.3, 0.8, 1])
+def test_a_sampler_follows_one_network_up_to_a_time_and_another_from_there(at):
+    first, second = (Denoiser(Constant(velocity), "v") for velocity in (2.0, -5.0))
+    samples = switch.switched_latents(first, second, at, range(3))
+    moved = samples - image_noise(0, range(3), (4, 4, 4))
+    torch.testing.assert_close(moved, torch.full_like(moved, 2 * at - 5 * (1 - at)))
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
