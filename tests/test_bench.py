@@ -1,13 +1,16 @@
 """What bench/ computes, against closed forms and against draws from Gaussians."""
+import os
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import save_tiny
 from safetensors.torch import load_file
 
-from bench import figures, geometry, solvers, spectrum, speed, switch, toy
-from bench import variance
+import fid
+from bench import figures, geometry, solvers, spectrum, speed, switch, toy, variance
+from lib.log import read_table
 from model import JLT, SIZES, TARGETS, Denoiser, coefficients, edm, slope
 from sample import image_noise
 from test_all import flags, small_cache
@@ -163,6 +166,28 @@ def test_a_sampler_follows_one_network_up_to_a_time_and_another_from_there(at):
     samples = switch.switched_latents(first, second, at, range(3))
     moved = samples - image_noise(0, range(3), (4, 4, 4))
     torch.testing.assert_close(moved, torch.full_like(moved, 2 * at - 5 * (1 - at)))
+
+
+def test_both_orders_are_scored_once_and_the_table_is_continued(
+        small_inception, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(switch, "compile_net", lambda net, device: True)
+    fid.save_reference("ref.npz", np.arange(16.0), np.eye(16), {"mmd": torch.eye(16).half()})
+    for target in "xv":
+        save_tiny(f"{target}.safetensors", target=target)
+    argv = "x.safetensors v.safetensors --ref ref.npz --csv s.csv --out s.png --num-samples 20"
+    assert switch.main([*argv.split(), "--times", "0.4"]) == 0
+    rows = read_table("s.csv")[1]
+    assert [(row["early"], row["late"], row["at"]) for row in rows] == [
+        ("x", "x", "1"), ("v", "v", "1"), ("x", "v", "0.4"), ("v", "x", "0.4")]
+    assert len({row["fid"] for row in rows}) == 4 and os.path.exists("s.png")
+    fid.main("--ckpt x.safetensors --ref ref.npz --num-samples 20 --cfg 1 --method ab2 --steps 25 "
+             "--csv f.csv".split())
+    assert float(rows[0]["fid"]) == pytest.approx(float(read_table("f.csv")[1][0]["fid"]), abs=1e-3)
+    assert switch.main([*argv.split(), "--times", "0.4", "0.8"]) == 0
+    again = read_table("s.csv")[1]
+    assert again[:4] == rows and [row["at"] for row in again[4:]] == ["0.8", "0.8"]
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
