@@ -19,7 +19,7 @@ from lib.flags import Parser, number, path
 from lib.log import append_row, read_table
 from lib.run import BadInput, compile_net, from_rank_0, log, pick_device, program, rank
 from lib.run import rank_batches
-from sample import guided_velocity, noise_and_labels, ode_sample
+from sample import guided_velocity, noise_and_labels, ode_sample, with_floor
 from vae import open_vae, to_uint8
 
 METRICS = ("fid", "mmd")
@@ -45,22 +45,29 @@ def main(argv=None):
     add("ckpts", metavar="CKPT", type=path, nargs=2, help="two networks for the same latents")
     add("--times", type=number(float, 0.01, 0.99), nargs="+", default=[0.2, 0.4, 0.6, 0.8],
         help="when to change")
-    add("--ref", type=path, required=True, help="what to compare with, from fid.py --save-ref")
+    add("--ref", type=path, required=True, help="from fid.py --save-ref --metrics fid mmd")
     add("--inception", type=path, help="Inception's weights (default: torch's cache or a download)")
     add("--num-samples", type=number(int, 2), default=2500, help="images per score")
     add("--csv", type=path, required=True, help="the table")
     add("--out", type=image_path, required=True, help="the figure, NAME.png")
     args = parser.parse_args(argv)
     device, n = pick_device(), args.num_samples
-    denoisers = [load_denoiser(file, device=device) for file in args.ckpts]
+    denoisers = [with_floor(load_denoiser(file, device=device), None) for file in args.ckpts]
     nets, targets = zip(*((denoiser.net, denoiser.target) for denoiser in denoisers))
-    if len({(net.in_channels, net.input_size, net.num_classes) for net in nets}) > 1:
-        raise BadInput("two networks of the same latents and classes are needed")
+    for what in ("input_size", "vae", "class_names"):
+        one, other = (denoiser.settings.get(what) for denoiser in denoisers)
+        if one != other:
+            raise BadInput(f"networks of the same latents and classes are needed; their {what} are "
+                           f"{one} and {other}")
     vae = open_vae(denoisers[0].settings, nets[0].in_channels, device=device)
     reference, plt = load_reference(args.ref, METRICS), pyplot()
     side = nets[0].input_size * vae.stride
     reference.check_size(f"{side}x{side}")
-    read_table(args.csv)  # like all above, to fail before anything is drawn
+    columns, _ = read_table(args.csv)
+    if columns and not {"early", "late", "at"} <= set(columns):
+        raise BadInput(f"{args.csv}: not a table of these scores: choose another --csv")
+    if not args.csv.absolute().parent.is_dir():
+        raise BadInput(f"{args.csv}: its folder does not exist")
     extractors = load_extractors(METRICS, args.inception, device=device)
     hashes = [weights_hash(net) for net in nets]
     for net in nets:

@@ -169,7 +169,7 @@ def test_a_sampler_follows_one_network_up_to_a_time_and_another_from_there(at):
 
 
 def test_both_orders_are_scored_once_and_the_table_is_continued(
-        small_inception, tmp_path, monkeypatch):
+        small_inception, tmp_path, monkeypatch, refused):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(switch, "compile_net", lambda net, device: True)
@@ -182,12 +182,19 @@ def test_both_orders_are_scored_once_and_the_table_is_continued(
     assert [(row["early"], row["late"], row["at"]) for row in rows] == [
         ("x", "x", "1"), ("v", "v", "1"), ("x", "v", "0.4"), ("v", "x", "0.4")]
     assert len({row["fid"] for row in rows}) == 4 and os.path.exists("s.png")
-    fid.main("--ckpt x.safetensors --ref ref.npz --num-samples 20 --cfg 1 --method ab2 --steps 25 "
-             "--csv f.csv".split())
-    assert float(rows[0]["fid"]) == pytest.approx(float(read_table("f.csv")[1][0]["fid"]), abs=1e-3)
+    for target in "xv":
+        fid.main(f"--ckpt {target}.safetensors --ref ref.npz --num-samples 20 --cfg 1 --method ab2 "
+                 "--steps 25 --csv f.csv".split())
+    alone = [float(row["fid"]) for row in read_table("f.csv")[1]]
+    assert [float(row["fid"]) for row in rows[:2]] == pytest.approx(alone, abs=1e-3)
     assert switch.main([*argv.split(), "--times", "0.4", "0.8"]) == 0
     again = read_table("s.csv")[1]
     assert again[:4] == rows and [row["at"] for row in again[4:]] == ["0.8", "0.8"]
+    save_tiny("other.safetensors", target="v", class_names=list("vwxyz"))
+    for second, more, word in (("v", "--csv f.csv", "f.csv"), ("v", "--csv no/s.csv", "no/s.csv"),
+                               ("other", "", "class_names")):
+        files = ["x.safetensors", f"{second}.safetensors"]
+        refused(switch.main, [*files, *argv.split()[2:], *more.split()], word)
 
 
 @pytest.mark.parametrize("solver", solvers.SOLVERS)
